@@ -1,0 +1,46 @@
+# Everything a developer or CI runs. `make` alone lists the targets.
+PYTHON_BIN := .venv/bin/python
+PACKAGES := proto models server client
+TYPED := $(addprefix build/typed/layercast/,$(PACKAGES))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check format proto clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## build .venv for running the server (a second run does nothing)
+	@scripts/setup.sh serve
+
+serve: ## start the server with the models of the zoo; ARGS="--grpc-port 9001" passes options on
+	@scripts/setup.sh serve
+	@exec .venv/bin/layercast serve $(ARGS)
+
+test: ## run every test; ARGS="-k codec" passes options on
+	@scripts/setup.sh dev
+	$(PYTHON_BIN) -m pytest $(ARGS)
+
+check: $(TYPED) ## lint, formatting, types, Dockerfile
+	@scripts/setup.sh dev
+	$(PYTHON_BIN) -m ruff check .
+	$(PYTHON_BIN) -m ruff format --check .
+	$(PYTHON_BIN) -m mypy $(PACKAGES:%=-p layercast.%)
+	.venv/bin/hadolint Dockerfile
+
+format: ## apply the linter's fixes and the formatter
+	@scripts/setup.sh dev
+	$(PYTHON_BIN) -m ruff check --fix .
+	$(PYTHON_BIN) -m ruff format .
+
+proto: ## generate the descriptors and message types from the .proto files
+	@scripts/setup.sh dev
+	$(PYTHON_BIN) -m layercast.proto.generate
+
+clean: ## remove build outputs and caches; `rm -rf .venv .venv-tritonclient` removes the environments
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The editable install is an import hook, which type checkers cannot follow: they find the packages through these links.
+build/typed/layercast/%:
+	@mkdir -p $(@D)
+	@ln -sfn ../../../$* $@

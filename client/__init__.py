@@ -1,0 +1,40 @@
+"""Python clients for Layercast and any other server of the Open Inference Protocol. No torch needed."""
+
+from layercast.client.aio import AsyncClient
+from layercast.client.client import Client
+from layercast.client.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InternalError,
+    InvalidArgument,
+    LayercastError,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata, TensorInfo
+
+__all__ = [
+    "AsyncClient",
+    "Cancelled",
+    "Client",
+    "DeadlineExceeded",
+    "FailedPrecondition",
+    "InternalError",
+    "InvalidArgument",
+    "LayerInfo",
+    "LayercastError",
+    "ModelInfo",
+    "ModelMetadata",
+    "NotFound",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "TensorInfo",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+]

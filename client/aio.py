@@ -1,0 +1,148 @@
+"""The asyncio client: the operations of `Client`, awaited."""
+# ruff: noqa: ASYNC109 - a timeout here is a gRPC deadline, which reaches the server; asyncio.timeout would be local
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import grpc
+import grpc.aio
+
+from layercast.client.connection import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_TIMEOUT,
+    DEFAULT_URL,
+    Connection,
+    Deadline,
+)
+from layercast.client.errors import LayercastError, from_status
+from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
+from layercast.client.translation import Inputs
+from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata
+from layercast.proto.codec import AnyArray
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same arguments and methods, awaited. Belongs to the event loop of its first call.
+
+    async with AsyncClient("localhost:8001") as client:
+        answers = await asyncio.gather(*(client.predict("mnist", image) for image in images))
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        credentials: grpc.ChannelCredentials | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._connection = Connection(url, timeout, max_message_bytes, credentials, headers or {})
+        self._operations = Operations()
+        self._channel: grpc.aio.Channel | None = None
+        self._closed = False
+
+    async def predict(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: str = "",
+        outputs: Outputs = None,
+        timeout: float | None = None,
+        id: str = "",
+    ) -> AnyArray | dict[str, AnyArray]:
+        """See `Client.predict`."""
+        return await self._run(self._operations.predict(model, inputs, version, outputs, id), timeout)
+
+    async def features(
+        self,
+        model: str,
+        inputs: Inputs,
+        layers: str | Sequence[str],
+        *,
+        reduce: str | None = None,
+        outputs: str | Sequence[str] | None = None,
+        version: str = "",
+        timeout: float | None = None,
+        id: str = "",
+    ) -> dict[str, AnyArray]:
+        """See `Client.features`."""
+        steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
+        return await self._run(steps, timeout)
+
+    async def layers(
+        self, model: str, pattern: str = "*", *, version: str = "", timeout: float | None = None
+    ) -> list[LayerInfo]:
+        """See `Client.layers`."""
+        return await self._run(self._operations.layers(model, pattern, version), timeout)
+
+    async def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
+        """See `Client.models`."""
+        return await self._run(self._operations.models(), timeout)
+
+    async def metadata(self, model: str, *, version: str = "", timeout: float | None = None) -> ModelMetadata:
+        """See `Client.metadata`."""
+        return await self._run(self._operations.metadata(model, version), timeout)
+
+    async def is_live(self, *, timeout: float | None = None) -> bool:
+        """See `Client.is_live`."""
+        return await self._run(self._operations.is_live(), timeout)
+
+    async def is_ready(self, *, timeout: float | None = None) -> bool:
+        """See `Client.is_ready`."""
+        return await self._run(self._operations.is_ready(), timeout)
+
+    async def is_model_ready(self, model: str, *, version: str = "", timeout: float | None = None) -> bool:
+        """See `Client.is_model_ready`."""
+        return await self._run(self._operations.is_model_ready(model, version), timeout)
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight are cancelled. The client cannot be used afterwards."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _opened(self) -> grpc.aio.Channel:
+        """The channel, made inside the running event loop, which it stays tied to."""
+        if self._channel is None:
+            url, options, credentials = self._connection.url, self._connection.options, self._connection.credentials
+            if credentials is None:
+                self._channel = grpc.aio.insecure_channel(url, options)
+            else:
+                self._channel = grpc.aio.secure_channel(url, credentials, options)
+        return self._channel
+
+    async def _run(self, steps: Steps[Result], timeout: float | None) -> Result:
+        deadline = self._connection.deadline(timeout)
+        try:
+            call = next(steps)
+            while True:
+                call = steps.send(await self._outcome(call, deadline))
+        except StopIteration as done:
+            result: Result = done.value
+            return result
+
+    async def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
+        if self._closed:
+            return LayercastError("this client is closed")
+        oversize = self._connection.oversize(call.request)
+        if oversize is not None:
+            return oversize
+        method = call.method
+        send = self._opened().unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
+        headers = tuple(self._connection.headers.items())
+        try:
+            outcome: Outcome = await send(call.request, timeout=deadline.left, metadata=headers)
+        except grpc.aio.AioRpcError as error:
+            return from_status(error, self._connection.url, deadline.timeout)
+        return outcome

@@ -1,0 +1,169 @@
+"""The synchronous client."""
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from layercast.client.connection import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_TIMEOUT,
+    DEFAULT_URL,
+    Connection,
+    Deadline,
+)
+from layercast.client.errors import LayercastError, from_status
+from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
+from layercast.client.translation import Inputs
+from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata
+from layercast.proto.codec import AnyArray
+from layercast.proto.rpc import FEATURES, INFERENCE
+
+
+class Client:
+    """Calls a Layercast server, or any server of the Open Inference Protocol. Safe to share between threads.
+
+        with Client("localhost:8001") as client:
+            logits = client.predict("mnist", images)                         # [N, 10]
+            maps = client.features("mnist", images, "net.*", reduce="mean")  # {"net.0@mean": ..., ...}
+
+    `timeout` is in seconds and covers a whole call; None waits for ever. A method's own `timeout` goes before it.
+    `max_message_bytes` bounds requests and answers. With `credentials` the connection is encrypted; `headers` go along
+    with every call. Errors are `LayercastError`s.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        credentials: grpc.ChannelCredentials | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._connection = Connection(url, timeout, max_message_bytes, credentials, headers or {})
+        self._operations = Operations()
+        self._channel = self._open()
+        self._closed = False
+        self._calls = {
+            method.path: self._channel.unary_unary(
+                method.path,
+                request_serializer=method.request.SerializeToString,
+                response_deserializer=method.response.FromString,
+            )
+            for method in (*INFERENCE.values(), *FEATURES.values())
+            if not method.client_streaming
+        }
+
+    def predict(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: str = "",
+        outputs: Outputs = None,
+        timeout: float | None = None,
+        id: str = "",
+    ) -> AnyArray | dict[str, AnyArray]:
+        """Run the model on a batch of rows.
+
+        `inputs` is one array for a model with one input, else a dict of arrays by input name. Dimension 0 is the batch.
+        An array is fitted to the declared datatype when that keeps its values (float64 becomes FP32, int64 becomes
+        INT32 if it fits); otherwise InvalidArgument says what to convert.
+
+        What comes back follows from `outputs`: a name gives that array; a list gives a dict, also for one name; None
+        gives the array of a model that declares one output, and a dict of all outputs for any other model.
+        """
+        return self._run(self._operations.predict(model, inputs, version, outputs, id), timeout)
+
+    def features(
+        self,
+        model: str,
+        inputs: Inputs,
+        layers: str | Sequence[str],
+        *,
+        reduce: str | None = None,
+        outputs: str | Sequence[str] | None = None,
+        version: str = "",
+        timeout: float | None = None,
+        id: str = "",
+    ) -> dict[str, AnyArray]:
+        """What layers inside the model computed for these rows, by layer name.
+
+        `layers` are globs over the paths that `layers()` lists, each with an optional `@reducer` (`net.*@mean`);
+        `reduce` is the reducer for those without. `outputs` adds outputs of the model from the same forward.
+        """
+        steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
+        return self._run(steps, timeout)
+
+    def layers(
+        self, model: str, pattern: str = "*", *, version: str = "", timeout: float | None = None
+    ) -> list[LayerInfo]:
+        """The layers whose path matches the glob, in the order in which they finish."""
+        return self._run(self._operations.layers(model, pattern, version), timeout)
+
+    def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
+        """Every model version in the server's repository, ready or not."""
+        return self._run(self._operations.models(), timeout)
+
+    def metadata(self, model: str, *, version: str = "", timeout: float | None = None) -> ModelMetadata:
+        """Inputs, outputs, labels and preprocessing of a model, asked afresh."""
+        return self._run(self._operations.metadata(model, version), timeout)
+
+    def is_live(self, *, timeout: float | None = None) -> bool:
+        """Does a server run here? False when none can be reached."""
+        return self._run(self._operations.is_live(), timeout)
+
+    def is_ready(self, *, timeout: float | None = None) -> bool:
+        """Is the server there, with all its models loaded?"""
+        return self._run(self._operations.is_ready(), timeout)
+
+    def is_model_ready(self, model: str, *, version: str = "", timeout: float | None = None) -> bool:
+        """Is the server there, and can this model answer now? False for an unknown model."""
+        return self._run(self._operations.is_model_ready(model, version), timeout)
+
+    def close(self) -> None:
+        """Close the connection; calls in flight are cancelled. The client cannot be used afterwards."""
+        self._closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> grpc.Channel:
+        url, options, credentials = self._connection.url, self._connection.options, self._connection.credentials
+        if credentials is None:
+            return grpc.insecure_channel(url, options)
+        return grpc.secure_channel(url, credentials, options)
+
+    def _run(self, steps: Steps[Result], timeout: float | None) -> Result:
+        deadline = self._connection.deadline(timeout)
+        try:
+            call = next(steps)
+            while True:
+                call = steps.send(self._outcome(call, deadline))
+        except StopIteration as done:
+            result: Result = done.value
+            return result
+
+    def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
+        if self._closed:
+            return LayercastError("this client is closed")
+        oversize = self._connection.oversize(call.request)
+        if oversize is not None:
+            return oversize
+        headers = tuple(self._connection.headers.items())
+        try:
+            return self._calls[call.method.path](call.request, timeout=deadline.left, metadata=headers)
+        except grpc.RpcError as error:
+            return from_status(error, self._connection.url, deadline.timeout)
+        except ValueError:
+            if self._closed:  # by another thread, a moment ago
+                return LayercastError("this client is closed")
+            raise

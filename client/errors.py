@@ -1,0 +1,133 @@
+"""What a call may raise. Classes are named after the gRPC status that they stand for; the text is the server's own.
+
+Expected: everything below, for a caller to handle. A ValueError or TypeError from this package means that the calling
+code is wrong.
+"""
+
+from typing import Protocol
+
+import grpc
+
+START_HINT = "start one with `layercast serve`, or name another with url= (`--url` on the command line)"
+
+# How gRPC's own library begins the text of an UNAVAILABLE that no server sent.
+_UNREACHABLE = ("failed to connect to all addresses", "DNS resolution failed", "Name resolution failed")
+
+
+class LayercastError(Exception):
+    """A call failed. `code` is its gRPC status."""
+
+    code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
+
+
+class InputError(ValueError):
+    """A file, array or text that does not fit the model. Raised before anything is sent."""
+
+
+class InvalidArgument(LayercastError):
+    """The request is wrong and will be wrong again: fix it."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class NotFound(LayercastError):
+    """No such model, version or layer."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class DeadlineExceeded(LayercastError, TimeoutError):
+    """No answer within the timeout."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Unavailable(LayercastError):
+    """The server cannot be reached, or cannot answer now (loading, full, shutting down): try again later."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class ResourceExhausted(LayercastError):
+    """A limit is exceeded: message size, queue, response size."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class FailedPrecondition(LayercastError):
+    """The server is not in the state that the call needs."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class Unimplemented(LayercastError):
+    """The server does not have this call; a feature call to a server that is not Layercast, for example."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class InternalError(LayercastError):
+    """The model or the server failed. The id in the text is in the server's log."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+class Cancelled(LayercastError):
+    """The call was cancelled."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
+class PermissionDenied(LayercastError):
+    """The caller may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
+class Unauthenticated(LayercastError):
+    """The server does not know who is calling."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+_BY_CODE: dict[grpc.StatusCode, type[LayercastError]] = {
+    error.code: error
+    for error in (
+        InvalidArgument,
+        NotFound,
+        DeadlineExceeded,
+        Unavailable,
+        ResourceExhausted,
+        FailedPrecondition,
+        Unimplemented,
+        InternalError,
+        Cancelled,
+        PermissionDenied,
+        Unauthenticated,
+    )
+}
+
+
+class Status(Protocol):
+    """What the errors of grpc and grpc.aio have in common."""
+
+    def code(self) -> grpc.StatusCode:
+        """The status."""
+
+    def details(self) -> str | None:
+        """The text that came with it."""
+
+
+def from_status(status: Status, url: str, timeout: float | None) -> LayercastError:
+    """The error for a failed call to `url`. Texts of the gRPC library itself, which name no cure, are replaced."""
+    code = status.code()
+    text = status.details() or code.name
+    if code is grpc.StatusCode.UNAVAILABLE and text.startswith(_UNREACHABLE):
+        text = f"no server answers at {url}; {START_HINT}"
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED and text == "Deadline Exceeded" and timeout is not None:
+        text = f"no answer from {url} within {timeout:g} s; pass a longer timeout"
+    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and text.startswith("CLIENT: Received message larger than max"):
+        text = f"the answer is larger than this client accepts; pass a larger max_message_bytes ({text})"
+    error = _BY_CODE.get(code, LayercastError)(text)
+    error.code = code
+    return error

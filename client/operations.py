@@ -1,0 +1,179 @@
+"""What each call of the clients does, without input and output.
+
+An operation is a generator: it yields the RPC that it wants next, is sent the outcome (a message or an error), and
+returns the result. `Client` and `AsyncClient` differ only in how they carry the RPCs out.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from layercast.client.errors import InvalidArgument, LayercastError, NotFound, Unavailable
+from layercast.client.translation import Inputs, decoding, encoding, metadata_of, named_inputs, only, taps
+from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata
+from layercast.proto.codec import AnyArray, decode_named, decode_outputs, fill_inputs, named_tensor
+from layercast.proto.messages import (
+    ExtractRequest,
+    ExtractResponse,
+    ListLayersRequest,
+    ListLayersResponse,
+    ModelInferRequest,
+    ModelInferResponse,
+    ModelMetadataRequest,
+    ModelMetadataResponse,
+    ModelReadyRequest,
+    ModelReadyResponse,
+    RepositoryIndexRequest,
+    RepositoryIndexResponse,
+    ServerLiveRequest,
+    ServerLiveResponse,
+    ServerReadyRequest,
+    ServerReadyResponse,
+)
+from layercast.proto.rpc import FEATURES, INFERENCE, Method
+
+Outputs = str | list[str] | tuple[str, ...] | None
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One RPC to carry out."""
+
+    method: Method
+    request: Message
+
+
+# Sent back for each Call: the response, or the error that stands for it.
+Outcome = Message | LayercastError
+Steps = Generator[Call, Outcome, Result]
+
+
+class Operations:
+    """The operations of one client. Remembers each model's metadata, which is asked for once."""
+
+    def __init__(self) -> None:
+        self._metadata: dict[tuple[str, str], ModelMetadata] = {}
+
+    def predict(
+        self, model: str, inputs: Inputs, version: str, outputs: Outputs, identifier: str
+    ) -> Steps[AnyArray | dict[str, AnyArray]]:
+        """See `Client.predict`."""
+        metadata = yield from self._known(model, version)
+        request = ModelInferRequest(model_name=model, model_version=version, id=identifier)
+        for name in [outputs] if isinstance(outputs, str) else outputs or ():
+            request.outputs.add(name=name)
+        with encoding():
+            fill_inputs(request, named_inputs(metadata, inputs))
+        response: ModelInferResponse = yield from self._with_model(Call(INFERENCE["ModelInfer"], request), metadata)
+        with decoding(model):
+            arrays = decode_outputs(response)
+        if isinstance(outputs, str):
+            return only(arrays, outputs)
+        if outputs is None and len(metadata.outputs) == 1 and len(arrays) == 1:
+            return next(iter(arrays.values()))
+        return arrays
+
+    def features(
+        self,
+        model: str,
+        inputs: Inputs,
+        layers: str | Sequence[str],
+        reduce: str | None,
+        outputs: str | Sequence[str] | None,
+        version: str,
+        identifier: str,
+    ) -> Steps[dict[str, AnyArray]]:
+        """See `Client.features`."""
+        metadata = yield from self._known(model, version)
+        request = ExtractRequest(
+            model_name=model,
+            model_version=version,
+            id=identifier,
+            layers=taps(layers, reduce),
+            outputs=[outputs] if isinstance(outputs, str) else outputs,
+        )
+        with encoding():
+            request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
+        response: ExtractResponse = yield from self._with_model(Call(FEATURES["Extract"], request), metadata)
+        with decoding(model):
+            return decode_named([*response.layers, *response.outputs], kind="output", limit=None)
+
+    def layers(self, model: str, pattern: str, version: str) -> Steps[list[LayerInfo]]:
+        """See `Client.layers`."""
+        request = ListLayersRequest(model_name=model, model_version=version, pattern=pattern)
+        response: ListLayersResponse = yield from _ask(Call(FEATURES["ListLayers"], request))
+        return [
+            LayerInfo(
+                path=layer.path,
+                type=layer.type,
+                datatype=layer.datatype,
+                shape=tuple(layer.shape),
+                order=layer.order,
+                parameters=layer.parameters,
+                available=layer.available,
+                reason=layer.reason,
+            )
+            for layer in response.layers
+        ]
+
+    def models(self) -> Steps[list[ModelInfo]]:
+        """See `Client.models`."""
+        call = Call(INFERENCE["RepositoryIndex"], RepositoryIndexRequest())
+        response: RepositoryIndexResponse = yield from _ask(call)
+        return [ModelInfo(index.name, index.version, index.state, index.reason) for index in response.models]
+
+    def metadata(self, model: str, version: str) -> Steps[ModelMetadata]:
+        """See `Client.metadata`. Always asks, and refreshes what `predict` knows."""
+        call = Call(INFERENCE["ModelMetadata"], ModelMetadataRequest(name=model, version=version))
+        response: ModelMetadataResponse = yield from _ask(call)
+        metadata = self._metadata[model, version] = metadata_of(response)
+        return metadata
+
+    def is_live(self) -> Steps[bool]:
+        """See `Client.is_live`."""
+        response: ServerLiveResponse | None = yield from _ask_if_up(Call(INFERENCE["ServerLive"], ServerLiveRequest()))
+        return response is not None and response.live
+
+    def is_ready(self) -> Steps[bool]:
+        """See `Client.is_ready`."""
+        call = Call(INFERENCE["ServerReady"], ServerReadyRequest())
+        response: ServerReadyResponse | None = yield from _ask_if_up(call)
+        return response is not None and response.ready
+
+    def is_model_ready(self, model: str, version: str) -> Steps[bool]:
+        """See `Client.is_model_ready`."""
+        call = Call(INFERENCE["ModelReady"], ModelReadyRequest(name=model, version=version))
+        response: ModelReadyResponse | None = yield from _ask_if_up(call)
+        return response is not None and response.ready
+
+    def _known(self, model: str, version: str) -> Steps[ModelMetadata]:
+        if (model, version) in self._metadata:
+            return self._metadata[model, version]
+        return (yield from self.metadata(model, version))
+
+    def _with_model(self, call: Call, metadata: ModelMetadata) -> Steps[Any]:
+        """Ask; when the server refuses, forget the metadata, since a new version may have other inputs."""
+        try:
+            return (yield from _ask(call))
+        except (InvalidArgument, NotFound):
+            self._metadata = {key: known for key, known in self._metadata.items() if known is not metadata}
+            raise
+
+
+def _ask(call: Call) -> Steps[Any]:
+    outcome = yield call
+    if isinstance(outcome, LayercastError):
+        raise outcome
+    return outcome
+
+
+def _ask_if_up(call: Call) -> Steps[Any]:
+    """None when there is no server to ask."""
+    try:
+        return (yield from _ask(call))
+    except Unavailable:
+        return None

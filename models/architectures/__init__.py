@@ -1,0 +1,1 @@
+"""Architectures of the zoo; found by name through `layercast.models.registry`."""

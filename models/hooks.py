@@ -1,0 +1,362 @@
+"""Hooks as a library: the output of any layer inside a model, and the gradients that reach it.
+
+    with FeatureExtractor(model, ["layer1.*@mean", "head"], predictions=False) as extractor:
+        features = extractor.run(images).features     # {"layer1.0.relu1@mean": [N, 64], …}
+
+Needs no server. One forward at a time per model: the hooks sit on the model's own modules.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from layercast.models.layer_names import LayerName, Pattern, nearest
+from layercast.models.reducers import ReducerError, reduce, split_tap
+
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_fused_lock = threading.Lock()
+_fused_state = {"users": 0, "enabled": True}
+
+
+class LayerError(ValueError):
+    """A layer was asked for that does not exist, did not run, or has no tensor to give."""
+
+
+class _Stop(BaseException):
+    """Ends a forward once everything that was asked for is there; not an Exception, so that no model catches it."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What one forward gave: detached features by tap name, and the model's output (None if it was not needed)."""
+
+    features: dict[str, Tensor]
+    output: Any
+    stopped_early: bool
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """One thing asked for: a pattern and its reducers."""
+
+    pattern: Pattern
+    reducers: str
+
+    def key(self, name: str) -> str:
+        return name if self.reducers == "none" else f"{name}@{self.reducers}"
+
+
+@dataclass
+class _Captures:
+    """What one forward has given so far."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    values: dict[tuple[_Tap, LayerName], Tensor] = field(default_factory=dict)
+    seen: dict[LayerName, None] = field(default_factory=dict)
+    pending: set[LayerName] | None = None
+
+
+class FeatureExtractor:
+    """Context manager that collects layer outputs while it is open and removes its hooks when it closes.
+
+    `layers` are taps, `glob[@reducer…]`: globs as in `layer_names.Pattern`, reducers as in `reducers.reduce`. Results
+    are keyed by layer name, with `@reducer` where one was asked for.
+    `known` is the names of the model's layer index: with it the first early exit is already right; without it the
+    extractor learns the order from its first full run.
+    `clone` is the names whose tensor a later in-place operation changes; None, the default, copies every value. A
+    value that is not copied shares memory with the model's own tensors.
+    With `predictions=False`, `run` stops after the deepest executed layer that was asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        *,
+        known: Iterable[str] | None = None,
+        clone: Collection[str] | None = None,
+        predictions: bool = True,
+    ) -> None:
+        if isinstance(layers, str):
+            layers = [layers]
+        self._model = model
+        self._predictions = predictions
+        self._clone = clone if clone is None else frozenset(clone)
+        self._taps = [_Tap(Pattern(glob), reducers) for glob, reducers in map(split_tap, dict.fromkeys(layers))]
+        self._modules = select_modules(model, [tap.pattern for tap in self._taps])
+        self._counts: Counter[str] = Counter()
+        self._expected: frozenset[LayerName] | None = None
+        if known is not None:
+            self._learn_from_index(known)
+        self._handles: list[RemovableHandle] = []
+        self._captures = _Captures()
+        self._token_mask: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise RuntimeError("this FeatureExtractor is already open")
+        try:
+            for path, module in self._modules.items():
+                self._handles.append(module.register_forward_hook(self._hook(path)))
+            self._handles.append(self._model.register_forward_pre_hook(self._begin))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove every hook; safe to call twice."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def run(self, *inputs: Any, token_mask: Tensor | None = None, **named_inputs: Any) -> Extraction:
+        """Run the model once and return what was asked for.
+
+        `token_mask` is boolean [N, T], True for tokens that count: reducers leave the others out. LayerError when
+        something asked for by name did not run.
+        """
+        if not self._handles:
+            raise RuntimeError("open the FeatureExtractor first: with FeatureExtractor(...) as extractor")
+        self._token_mask = token_mask
+        pending = None if self._predictions or self._expected is None else set(self._expected)
+        self._captures = _Captures(pending=pending)
+        output, stopped = None, False
+        try:
+            with fused_attention_off():
+                output = self._model(*inputs, **named_inputs)
+        except _Stop:
+            stopped = True
+        finally:
+            self._token_mask = None
+        features = self._named()
+        self._check_complete(features)
+        if not stopped:
+            self._counts = Counter(self._captures.calls)
+            self._expected = frozenset(name for _, name in self._selected())
+        return Extraction(features, output if self._predictions else None, stopped)
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        """Features of the last forward, also of one that the caller ran through the model itself."""
+        return self._named()
+
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        if self._captures.calls:  # the caller runs the model directly, again
+            self._captures = _Captures()
+
+    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def collect(module: nn.Module, inputs: Any, output: Any) -> None:
+            captures = self._captures
+            call = captures.calls[path]
+            captures.calls[path] += 1
+            for part, tensor in flatten_output(output):
+                name = LayerName(path, call, part)
+                captures.seen[name] = None
+                for tap in self._taps:
+                    # Whether it is called again is not known yet, so any name it may get is accepted here.
+                    if tap.pattern.selects(name, repeated=True):
+                        captures.values[tap, name] = self._value(tensor, tap, name)
+                if captures.pending is not None:
+                    captures.pending.discard(name)
+            if captures.pending is not None and not captures.pending:
+                raise _Stop
+
+        return collect
+
+    def _value(self, tensor: Tensor, tap: _Tap, name: LayerName) -> Tensor:
+        try:
+            value = reduce(tensor.detach(), tap.reducers, self._token_mask)
+        except ReducerError as error:
+            raise ReducerError(f"layer {name.text(repeated=False)}: {error}") from None
+        shared = value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        return value.clone() if shared and self._must_clone(name) else value
+
+    def _must_clone(self, name: LayerName) -> bool:
+        if self._clone is None:
+            return True
+        return name.text(repeated=False) in self._clone or name.text(repeated=True) in self._clone
+
+    def _repeated(self, path: str) -> bool:
+        return max(self._captures.calls[path], self._counts[path]) > 1
+
+    def _selected(self) -> Iterator[tuple[_Tap, LayerName]]:
+        for tap, name in self._captures.values:
+            if tap.pattern.selects(name, self._repeated(name.path)):
+                yield tap, name
+
+    def _named(self) -> dict[str, Tensor]:
+        values = self._captures.values
+        return {tap.key(name.text(self._repeated(name.path))): values[tap, name] for tap, name in self._selected()}
+
+    def _check_complete(self, features: Mapping[str, Tensor]) -> None:
+        found = {tap for tap, _ in self._selected()}
+        for tap in self._taps:
+            if tap not in found:
+                called = sorted(name.text(self._repeated(name.path)) for name in self._captures.seen)
+                raise LayerError(
+                    f"layer {tap.pattern.text!r} gave no tensor in this forward: it never ran, or it returns none"
+                    f"{nearest(tap.pattern.text, called)}"
+                )
+
+    def _learn_from_index(self, known: Iterable[str]) -> None:
+        names = [(LayerName.parse(text), "#" in text) for text in known]
+        for name, repeated in names:
+            if repeated:
+                self._counts[name.path] = max(self._counts[name.path], name.call + 1)
+        self._expected = frozenset(
+            name for name, repeated in names if any(tap.pattern.selects(name, repeated) for tap in self._taps)
+        )
+        for tap in self._taps:
+            if not any(tap.pattern.selects(name, repeated) for name, repeated in names):
+                raise LayerError(
+                    f"no layer matches {tap.pattern.text!r}"
+                    f"{nearest(tap.pattern.text, [name.text(repeated) for name, repeated in names])}"
+                )
+
+
+class GradientExtractor:
+    """Context manager that keeps layer outputs and the gradients that reach them in a backward pass.
+
+        with GradientExtractor(model, ["layer2.*"]) as gradients:
+            model(images)[:, 3].sum().backward()
+        gradients.activations["layer2.0"], gradients.gradients["layer2.0"]
+
+    It hooks the returned tensors instead of using full backward hooks: those turn outputs into views, which torch
+    forbids to change in place, and so fail on `ReLU(inplace=True)` and `x += skip`. A tensor's hook stays with the
+    value that it was registered on, whatever is done to the tensor afterwards. Names are those of FeatureExtractor.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        self._model = model
+        self._patterns = [Pattern(text) for text in ([layers] if isinstance(layers, str) else layers)]
+        self._modules = select_modules(model, self._patterns)
+        self._handles: list[RemovableHandle] = []
+        self._calls: Counter[str] = Counter()
+        self._activations: dict[LayerName, Tensor] = {}
+        self._gradients: dict[LayerName, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise RuntimeError("this GradientExtractor is already open")
+        for path, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._hook(path)))
+        self._handles.append(self._model.register_forward_pre_hook(self._begin))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove every hook; safe to call twice."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def activations(self) -> dict[str, Tensor]:
+        """Outputs of the layers in the last forward, as they were when returned; detached."""
+        return self._named(self._activations)
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients with respect to those outputs in the last backward; a layer that none reached is absent."""
+        return self._named(self._gradients)
+
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self._calls.clear()
+        self._activations.clear()
+        self._gradients.clear()
+
+    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def collect(module: nn.Module, inputs: Any, output: Any) -> None:
+            call = self._calls[path]
+            self._calls[path] += 1
+            for part, tensor in flatten_output(output):
+                name = LayerName(path, call, part)
+                if any(pattern.selects(name, repeated=True) for pattern in self._patterns):
+                    self._activations[name] = tensor.detach().clone()
+                    if tensor.requires_grad:
+                        self._handles.append(tensor.register_hook(self._keep(name)))
+
+        return collect
+
+    def _keep(self, name: LayerName) -> Callable[[Tensor], None]:
+        def keep(gradient: Tensor) -> None:
+            # A copy: autograd may go on to add other paths' gradients into this very tensor.
+            self._gradients[name] = gradient.detach().clone()
+
+        return keep
+
+    def _named(self, values: Mapping[LayerName, Tensor]) -> dict[str, Tensor]:
+        named = ((name, self._calls[name.path] > 1, value) for name, value in values.items())
+        return {
+            name.text(repeated): value
+            for name, repeated, value in named
+            if any(pattern.selects(name, repeated) for pattern in self._patterns)
+        }
+
+
+def flatten_output(output: Any, part: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield (part, tensor) for every tensor in what a module returned: "" for a tensor, "[0]", "[key][1]" inside."""
+    if isinstance(output, Tensor):
+        yield part, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from flatten_output(value, f"{part}[{key}]")
+    elif isinstance(output, list | tuple):
+        for index, value in enumerate(output):
+            yield from flatten_output(value, f"{part}[{index}]")
+
+
+def select_modules(model: nn.Module, patterns: Sequence[Pattern]) -> dict[str, nn.Module]:
+    """Return the modules inside `model` that any of `patterns` may select; LayerError for a pattern without any."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise LayerError("hooks need the Python module; a TorchScript program runs without them")
+    modules = {path: module for path, module in model.named_modules() if path}
+    for pattern in patterns:
+        if not any(pattern.may_select(path) for path in modules):
+            raise LayerError(f"no layer matches {pattern.text!r}{_hint(model, pattern.text, modules)}")
+    return {path: module for path, module in modules.items() if any(pattern.may_select(path) for pattern in patterns)}
+
+
+def registered_hooks(model: nn.Module) -> list[str]:
+    """Return the paths of the modules inside `model` ("" is itself) that hold a forward or backward hook."""
+    return [path for path, module in model.named_modules() if any(getattr(module, table) for table in _HOOK_TABLES)]
+
+
+@contextmanager
+def fused_attention_off() -> Iterator[None]:
+    """Switch torch's fused transformer path off: it computes without calling the modules inside, so no hook fires.
+
+    The switch is one for the whole process; nested and concurrent uses are counted, and the last one restores it.
+    """
+    with _fused_lock:
+        if not _fused_state["users"]:
+            _fused_state["enabled"] = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _fused_state["users"] += 1
+    try:
+        yield
+    finally:
+        with _fused_lock:
+            _fused_state["users"] -= 1
+            if not _fused_state["users"]:
+                torch.backends.mha.set_fastpath_enabled(bool(_fused_state["enabled"]))
+
+
+def _hint(model: nn.Module, wanted: str, modules: Mapping[str, nn.Module]) -> str:
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path == wanted:
+            first = next(known for known, other in modules.items() if other is module)
+            return f": it is the same module as {first!r}; ask for that name"
+    return nearest(wanted, modules)

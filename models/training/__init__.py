@@ -1,0 +1,1 @@
+"""Training of the zoo: recipes, the loop, checkpoints, figures and the card."""

@@ -1,0 +1,1 @@
+"""The server: settings, repository, batcher, engines, services, transports, lifecycle."""

@@ -1,0 +1,1 @@
+"""Verbs of the command line that run on the server's side."""

@@ -1,0 +1,62 @@
+"""`layercast serve`: start the server."""
+
+import argparse
+import contextlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from layercast.server.settings import Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare an option a setting, with the setting's own help. What is not given falls through to the environment."""
+    from layercast.server.settings import Settings
+
+    for name, field in Settings.model_fields.items():
+        option = "--" + name.replace("_", "-")
+        shown = "" if field.default_factory or field.default is None else f" (default: {field.default})"
+        text = f"{field.description}{shown}"
+        if field.annotation is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            choices = [value for value in get_args(field.annotation) if isinstance(value, str)] or None
+            parser.add_argument(
+                option, default=argparse.SUPPRESS, choices=choices, help=text, metavar=None if choices else "X"
+            )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until stopped; 0 after a drain, 1 when the server can't start."""
+    # grpc's own log lines are for its developers; set before it is imported, unless the user wants them.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from layercast.server import environment, logs
+    from layercast.server.errors import StartError
+    from layercast.server.settings import Settings, read
+
+    given: dict[str, Any] = {name: getattr(args, name) for name in Settings.model_fields if hasattr(args, name)}
+    try:
+        settings = read(given)
+        logs.configure(settings.log_format)
+        if clash := environment.onnxruntime_clash():
+            raise StartError(clash)
+        return _run(settings)
+    except StartError as error:
+        print(f"layercast serve: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(settings: "Settings") -> int:
+    import asyncio
+    from collections.abc import Callable
+
+    from layercast.server.lifecycle import run as serve
+
+    factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with contextlib.suppress(ImportError):  # uvloop is not to be had everywhere
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(serve(settings))

@@ -1,0 +1,38 @@
+"""Engine on ONNX Runtime."""
+
+from pathlib import Path
+
+import onnxruntime
+import torch
+
+from layercast.models.manifest import Manifest
+from layercast.server.engines.base import EngineError, Inputs, Outputs
+
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+
+
+class OnnxEngine:
+    """Runs `model.onnx` with ONNX Runtime on the CPU or a CUDA device."""
+
+    name = "onnx"
+
+    def __init__(self, directory: Path, manifest: Manifest, device: torch.device, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Idle threads that spin would take the CPU from the event loop.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        providers = _PROVIDERS[device.type]
+        self._session = onnxruntime.InferenceSession(
+            directory / manifest.programs["onnx"], options, providers=providers
+        )
+        # Asked for a provider that it can't load, ONNX Runtime falls back to the CPU without an error.
+        if self._session.get_providers()[0] != providers[0]:
+            raise EngineError(f"ONNX Runtime has no working {providers[0]}; it would run on the CPU unasked")
+        self.device = device.type
+        self._outputs = [spec.name for spec in manifest.outputs]
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Return every output for the batch."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))

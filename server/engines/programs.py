@@ -1,0 +1,41 @@
+"""Engines that run a program exported with torch: TorchScript and torch.export."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from layercast.models.export.exported import load as load_exported
+from layercast.models.export.torchscript import load as load_torchscript
+from layercast.models.manifest import Manifest
+from layercast.server.engines.base import Inputs, Outputs
+from layercast.server.engines.tensors import to_outputs, to_tensors
+
+
+class ProgramEngine:
+    """Runs a callable torch program in inference mode."""
+
+    def __init__(self, name: str, program: Callable[..., object], manifest: Manifest, device: torch.device) -> None:
+        self.name = name
+        self.device = device.type
+        self._program = program
+        self._manifest = manifest
+        self._device = device
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Return every output for the batch."""
+        with torch.inference_mode():
+            tensors = to_tensors(inputs, self._manifest.inputs, self._device)
+            return to_outputs(self._program(*tensors), self._manifest.outputs)
+
+
+def torchscript(directory: Path, manifest: Manifest, device: torch.device) -> ProgramEngine:
+    """Load `model.ts`."""
+    program = load_torchscript(directory / manifest.programs["torchscript"], device)
+    return ProgramEngine("torchscript", program, manifest, device)
+
+
+def exported(directory: Path, manifest: Manifest, device: torch.device) -> ProgramEngine:
+    """Load `model.pt2`."""
+    program = load_exported(directory / manifest.programs["exported"], device)
+    return ProgramEngine("exported", program, manifest, device)

@@ -1,0 +1,107 @@
+"""Taps: from what a request asks for (`layer:encoder.*@mean`) to layers of the model's index, with their sizes."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from layercast.models.layer_names import match_layers, nearest
+from layercast.models.manifest import LayerSpec, Manifest
+from layercast.models.reducers import REDUCERS, ReducerError, reduced_shape, split_tap
+from layercast.server.errors import InvalidArgument, ResourceExhausted
+from layercast.server.work import Tap
+
+PREFIX = "layer:"
+"""An output of this prefix names a layer, not an output of the model."""
+
+_FLOATS = ("FP16", "BF16", "FP32", "FP64")
+_ITEM_SIZES = {"BOOL": 1, "INT8": 1, "UINT8": 1, "INT16": 2, "UINT16": 2, "FP16": 2, "BF16": 2, "INT32": 4, "UINT32": 4,
+              "FP32": 4, "INT64": 8, "UINT64": 8, "FP64": 8}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A tap under the name that the answer carries."""
+
+    name: str
+    tap: Tap
+
+
+def resolve(manifest: Manifest, patterns: Sequence[str], field: str) -> list[Asked]:
+    """Return the taps that `patterns` (`glob[@reducer]`, without prefix) select, in the order asked, none twice.
+
+    Raises InvalidArgument for an unknown layer (with the nearest), one that can't be tapped (with the reason), or an
+    unknown reducer. `field` is the path of the patterns in the request; `{}` in it stands for the position.
+    """
+    found: dict[Tap, Asked] = {}
+    for position, pattern in enumerate(patterns):
+        for tap in _taps(manifest, pattern, field.format(position)):
+            suffix = "" if tap.reducer == "none" else f"@{tap.reducer}"
+            found.setdefault(tap, Asked(f"{tap.layer}{suffix}", tap))
+    return list(found.values())
+
+
+def _taps(manifest: Manifest, pattern: str, field: str) -> list[Tap]:
+    try:
+        glob, reducer = split_tap(pattern)
+        known = [layer.path for layer in manifest.layers]
+        names = set(match_layers(glob, known))
+    except ReducerError as error:
+        raise InvalidArgument(f"layer {pattern!r}: {error}", field=field) from error
+    except ValueError as error:
+        raise InvalidArgument(f"layer {pattern!r}: {error}", field=field) from error
+    if not names:
+        hint = nearest(glob, known) or "; ListLayers names them all"
+        raise InvalidArgument(f"model {manifest.name!r} has no layer {glob!r}{hint}", field=field)
+    layers = [layer for layer in manifest.layers if layer.path in names]
+    available = [layer for layer in layers if layer.available]
+    if not available:
+        raise InvalidArgument(f"layer {layers[0].path!r} can't be tapped: {layers[0].reason}", field=field)
+    for layer in available:
+        _check_reducer(layer, reducer, field)
+    return [Tap(layer.path, reducer) for layer in available]
+
+
+def _check_reducer(layer: LayerSpec, reducer: str, field: str) -> None:
+    try:
+        reduced_shape([max(size, 1) for size in layer.shape], reducer)
+    except ReducerError as error:
+        raise InvalidArgument(f"layer {layer.path!r}: {error}", field=field) from error
+
+
+def answer_bytes(manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None) -> int:
+    """Return how many bytes the tapped values of `rows` rows take; `length` is the size of dynamic dimensions."""
+    layers = {layer.path: layer for layer in manifest.layers}
+    total = 0
+    for tap in taps:
+        layer = layers[tap.layer]
+        shape = [rows, *((length or 1) if size == -1 else size for size in layer.shape[1:])]
+        total += math.prod(reduced_shape(shape, tap.reducer)) * _ITEM_SIZES[reduced_datatype(layer, tap)]
+    return total
+
+
+def reduced_datatype(layer: LayerSpec, tap: Tap) -> str:
+    """Return the datatype of a layer's values after the tap's reducers."""
+    datatype = layer.datatype
+    for reducer in tap.reducer.split("@"):
+        if reducer == "fp16":
+            datatype = "FP16"
+        elif reducer in ("mean", "norm", "l2norm") and datatype not in _FLOATS:
+            datatype = "FP32"
+    return datatype
+
+
+def check_size(manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None, limit: int) -> None:
+    """Raise ResourceExhausted, before anything is allocated, when the taps' values would not fit into a message."""
+    size = answer_bytes(manifest, taps, rows, length)
+    if size > limit:
+        raise ResourceExhausted(
+            f"the layers asked for take {size:,} bytes for {rows} rows, an answer holds {limit:,}; "
+            f"send fewer rows, fewer layers, or reduce on the server ({', '.join(REDUCERS[1:4])})"
+        )
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """Return a hint with the nearest known names, or with all of them when none is near."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known[:10])}"

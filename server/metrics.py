@@ -1,0 +1,81 @@
+"""Every Prometheus metric of the server, declared once, on a registry that is passed in.
+
+Labels come only from the server's own table of loaded models, never from a request: an unknown model counts under
+`(unknown)`. A model's series exist from its load, at zero, until it is removed.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+LATENCY_BUCKETS: Final = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+ROW_BUCKETS: Final = tuple(2**power for power in range(13))
+UNKNOWN: Final = "(unknown)"
+
+_MODEL: Final = ("model", "version")
+_RPC: Final = ("grpc_type", "grpc_service", "grpc_method")
+
+
+class Metrics:
+    """The metric families, on a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self._models()
+        self._batching()
+        self._transport()
+
+    def _models(self) -> None:
+        self.model_ready = self._gauge("layercast_model_ready", "1 while the version answers requests", _MODEL)
+        self.model_info = self._gauge(
+            "layercast_model_info", "Always 1; joins a version to its facts", (*_MODEL, "engine", "device", "sha256")
+        )
+        self.load_duration = self._gauge("layercast_model_load_duration_seconds", "Time to load and check", _MODEL)
+        self.memory = self._gauge("layercast_model_memory_bytes", "Parameters and buffers", (*_MODEL, "device"))
+        self.build_info = Info("layercast_build", "Versions of the server and its libraries", registry=self.registry)
+
+    def _batching(self) -> None:
+        self.requests = self._counter("layercast_requests_total", "Requests ended", (*_MODEL, "kind", "code"))
+        self.rows = self._counter("layercast_rows_total", "Rows that went through a forward pass", _MODEL)
+        self.batches = self._counter(
+            "layercast_batches_total", "Forward passes, by why the batch closed", (*_MODEL, "reason")
+        )
+        self.rejected = self._counter("layercast_rejected_total", "Requests refused or expired", (*_MODEL, "reason"))
+        self.cancelled = self._counter("layercast_cancelled_total", "Requests whose caller left", (*_MODEL, "when"))
+        self.taps = self._counter("layercast_feature_taps_total", "Layers read by forward hooks", _MODEL)
+        self.request_duration = self._histogram(
+            "layercast_request_duration_seconds", "From the decoded request to the ready answer", (*_MODEL, "kind")
+        )
+        self.queue_duration = self._histogram("layercast_queue_duration_seconds", "Wait in the batcher", _MODEL)
+        self.compute_duration = self._histogram(
+            "layercast_compute_duration_seconds", "Forward pass of one batch", (*_MODEL, "device")
+        )
+        self.batch_rows = self._histogram("layercast_batch_rows", "Rows of an executed batch", _MODEL, ROW_BUCKETS)
+        self.queue_rows = self._gauge("layercast_queue_rows", "Rows waiting now", _MODEL)
+        self.queue_capacity = self._gauge("layercast_queue_capacity_rows", "Rows that may wait", _MODEL)
+        self.inflight = self._gauge("layercast_inflight_requests", "Requests being answered now", _MODEL)
+
+    def _transport(self) -> None:
+        self.rpc_started = self._counter("grpc_server_started_total", "RPCs started", _RPC)
+        self.rpc_handled = self._counter("grpc_server_handled_total", "RPCs ended, by status", (*_RPC, "grpc_code"))
+        self.rpc_duration = self._histogram("grpc_server_handling_seconds", "Time from start to end of an RPC", _RPC)
+
+    def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
+        return Counter(name.removesuffix("_total"), text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Sequence[str]) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float] = LATENCY_BUCKETS
+    ) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)

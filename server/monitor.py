@@ -1,0 +1,125 @@
+"""What one model version has done: the Prometheus children and the protocol's statistics, fed from one place."""
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from layercast.server.batcher import Reason
+from layercast.server.metrics import Metrics
+
+Kind = Literal["predict", "features"]
+_KINDS: Final[tuple[Kind, ...]] = ("predict", "features")
+_REASONS: Final[tuple[Reason, ...]] = ("full", "timeout", "idle", "drain")
+_REJECTIONS: Final = ("queue_full", "too_large", "deadline", "draining")
+
+
+@dataclass
+class Duration:
+    """A count and the nanoseconds together, as the protocol's StatisticDuration."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int, count: int = 1) -> None:
+        """Count one more."""
+        self.count += count
+        self.ns += ns
+
+
+@dataclass
+class Statistics:
+    """The numbers of the protocol's ModelStatistics: requests in `success`, rows in `inferences`, batches in `executions`."""
+
+    last_inference_ms: int = 0
+    inferences: int = 0
+    executions: int = 0
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    compute_input: Duration = field(default_factory=Duration)
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)
+    batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Where one request's time went, in nanoseconds."""
+
+    total: int
+    decode: int = 0
+    queue: int = 0
+    compute: int = 0
+    encode: int = 0
+
+
+class ModelMonitor:
+    """Counts for one model version. Prometheus children are looked up once: `labels()` costs more than counting."""
+
+    def __init__(self, metrics: Metrics, model: str, version: str, device: str, capacity: int) -> None:
+        self.statistics = Statistics()
+        self._metrics = metrics
+        self._labels = (model, version)
+        own = self._labels
+        self._rows = metrics.rows.labels(*own)
+        self._taps = metrics.taps.labels(*own)
+        self._queue_rows = metrics.queue_rows.labels(*own)
+        self._queue_duration = metrics.queue_duration.labels(*own)
+        self._compute_duration = metrics.compute_duration.labels(*own, device)
+        self._batch_rows = metrics.batch_rows.labels(*own)
+        self._request_duration = {kind: metrics.request_duration.labels(*own, kind) for kind in _KINDS}
+        self._ok = {kind: metrics.requests.labels(*own, kind, "OK") for kind in _KINDS}
+        self._batches = {reason: metrics.batches.labels(*own, reason) for reason in _REASONS}
+        self._rejected = {reason: metrics.rejected.labels(*own, reason) for reason in _REJECTIONS}
+        self._cancelled = {when: metrics.cancelled.labels(*own, when) for when in ("queued", "running")}
+        self.inflight = metrics.inflight.labels(*own)
+        metrics.queue_capacity.labels(*own).set(capacity)
+
+    def queued(self, rows: int) -> None:
+        """So many rows wait now."""
+        self._queue_rows.set(rows)
+
+    def waited(self, seconds: float) -> None:
+        """A work left the queue to be run, after so long."""
+        self._queue_duration.observe(seconds)
+
+    def executed(self, rows: int, reason: Reason, compute_ns: int) -> None:
+        """One forward ran."""
+        self._rows.inc(rows)
+        self._batches[reason].inc()
+        self._batch_rows.observe(rows)
+        self._compute_duration.observe(compute_ns / 1e9)
+        self.statistics.inferences += rows
+        self.statistics.executions += 1
+        self.statistics.batches[rows].add(compute_ns)
+        self.statistics.last_inference_ms = time.time_ns() // 1_000_000
+
+    def rejected(self, reason: Literal["queue_full", "too_large", "deadline", "draining"]) -> None:
+        """A request was refused, or its deadline passed before it ran."""
+        self._rejected[reason].inc()
+
+    def cancelled(self, when: Literal["queued", "running"]) -> None:
+        """A caller went away."""
+        self._cancelled[when].inc()
+
+    def tapped(self, layers: int) -> None:
+        """A request was given the values of so many layers."""
+        self._taps.inc(layers)
+
+    def succeeded(self, kind: Kind, spent: Spent) -> None:
+        """A request was answered."""
+        self._ok[kind].inc()
+        self._request_duration[kind].observe(spent.total / 1e9)
+        statistics = self.statistics
+        statistics.success.add(spent.total)
+        statistics.queue.add(spent.queue)
+        statistics.compute_input.add(spent.decode)
+        statistics.compute_infer.add(spent.compute)
+        statistics.compute_output.add(spent.encode)
+
+    def failed(self, kind: Kind, code: str, total_ns: int) -> None:
+        """A request ended with an error."""
+        self._metrics.requests.labels(*self._labels, kind, code).inc()
+        self._request_duration[kind].observe(total_ns / 1e9)
+        self.statistics.fail.add(total_ns)

@@ -1,0 +1,85 @@
+"""One forward for several requests: join their rows, run the right engine, give each its own rows back."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from layercast.models.manifest import Manifest, TensorSpec
+from layercast.server.engines.base import Engine, Inputs
+from layercast.server.engines.eager import EagerEngine
+from layercast.server.errors import ModelFailed
+from layercast.server.work import Array, Rows, Tap, Work
+
+
+class Runner:
+    """Runs works that share a key. `fast` serves plain predictions; `eager` any batch in which a row taps a layer."""
+
+    def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine) -> None:
+        self._manifest = manifest
+        self._layers = {layer.path: layer for layer in manifest.layers}
+        self.fast = fast
+        self.eager = eager
+
+    def __call__(self, works: Sequence[Work]) -> list[Rows]:
+        """Return each work's rows, in order. Raises ModelFailed when the model gives another number of rows."""
+        inputs = self._join(works)
+        rows = sum(work.rows for work in works)
+        taps = list(dict.fromkeys(tap for work in works for tap in work.taps))
+        if taps:
+            outputs, features = self.eager.tapped(inputs, taps, predict=any(work.predict for work in works))
+        else:
+            outputs, features = self.fast.run(inputs), {}
+        for name, array in (*outputs.items(), *((tap.layer, array) for tap, array in features.items())):
+            _check_rows(name, array, rows)
+        return self._split(works, outputs, features, _padded_length(inputs, self._manifest.inputs))
+
+    def _join(self, works: Sequence[Work]) -> Inputs:
+        if len(works) == 1:
+            return works[0].inputs
+        return {
+            spec.name: _concatenate([work.inputs[spec.name] for work in works], spec.pad)
+            for spec in self._manifest.inputs
+        }
+
+    def _split(
+        self, works: Sequence[Work], outputs: dict[str, Array], features: dict[Tap, Array], padded: int | None
+    ) -> list[Rows]:
+        answers, start = [], 0
+        for work in works:
+            own = slice(start, start + work.rows)
+            start += work.rows
+            length = _padded_length(work.inputs, self._manifest.inputs)
+            taken = {tap: self._cut(tap, features[tap][own], length, padded) for tap in work.taps}
+            answers.append(Rows({name: array[own] for name, array in outputs.items()} if work.predict else {}, taken))
+        return answers
+
+    def _cut(self, tap: Tap, values: Array, length: int | None, padded: int | None) -> Array:
+        """Take the padding that other rows of the batch made necessary off a layer's dynamic dimensions."""
+        if length == padded or tap.reducer not in ("none", "fp16"):
+            return values
+        shape = self._layers[tap.layer].shape
+        cut = tuple(
+            slice(length) if at and size == -1 and values.shape[at] == padded else slice(None)
+            for at, size in enumerate(shape)
+        )
+        return values[cut]
+
+
+def _concatenate(arrays: list[Array], pad: int | None) -> Array:
+    if pad is not None and len({array.shape[1] for array in arrays}) > 1:
+        longest = max(array.shape[1] for array in arrays)
+        arrays = [np.pad(a, ((0, 0), (0, longest - a.shape[1])), constant_values=pad) for a in arrays]
+    return np.concatenate(arrays)
+
+
+def _padded_length(inputs: Inputs, specs: Sequence[TensorSpec]) -> int | None:
+    """Return the token dimension's size, or None for a model that takes no padded input."""
+    return next((inputs[spec.name].shape[1] for spec in specs if spec.pad is not None), None)
+
+
+def _check_rows(name: str, array: Array, rows: int) -> None:
+    if array.ndim == 0 or len(array) != rows:
+        raise ModelFailed(
+            f"{name!r}: {rows} rows went into the model and an array of shape {list(array.shape)} came out; "
+            f"its first dimension must be the batch"
+        )

@@ -1,0 +1,1 @@
+"""What the server answers, free of any transport: the inference protocol and the feature service."""

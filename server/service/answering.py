@@ -1,0 +1,153 @@
+"""What both services share: find the model, run the rows, count the request, whatever its end."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from layercast.models.manifest import LayerSpec, Manifest, TensorSpec
+from layercast.models.reducers import reduced_shape
+from layercast.proto.codec import CodecError, Tensor
+from layercast.proto.tensors import memory_dtype
+from layercast.server.errors import InvalidArgument, ServingError
+from layercast.server.layers import check_size, reduced_datatype
+from layercast.server.metrics import UNKNOWN, Metrics
+from layercast.server.model import ServedModel
+from layercast.server.monitor import Kind, Spent
+from layercast.server.repository import Repository
+from layercast.server.service.call import Call
+from layercast.server.service.requests import Wanted, join, token_length
+from layercast.server.work import Answer, Array, Tap
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A request's values by name, in the order asked, with datatypes, and where the time went."""
+
+    tensors: list[Tensor]
+    queue_ns: int
+    compute_ns: int
+    batch_rows: int
+
+
+class Timer:
+    """The stages of one request, in nanoseconds since it came."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter_ns()
+        self._decoded = self._start
+        self._ran = self._start
+        self._answered: Answered | None = None
+
+    def decoded(self) -> None:
+        """The request is checked and its rows are about to be queued."""
+        self._decoded = time.perf_counter_ns()
+
+    def ran(self, answered: Answered) -> None:
+        """The answer came back from the batcher."""
+        self._ran, self._answered = time.perf_counter_ns(), answered
+
+    def elapsed(self) -> int:
+        """Nanoseconds since the request came."""
+        return time.perf_counter_ns() - self._start
+
+    def spent(self) -> Spent:
+        """Where the time went, the request being answered now."""
+        now, answered = time.perf_counter_ns(), self._answered
+        queue, compute = (answered.queue_ns, answered.compute_ns) if answered else (0, 0)
+        return Spent(now - self._start, self._decoded - self._start, queue, compute, now - self._ran)
+
+
+class Answering:
+    """Runs checked requests on the models of a repository and counts them."""
+
+    def __init__(self, repository: Repository, metrics: Metrics, max_bytes: int) -> None:
+        self._repository = repository
+        self._metrics = metrics
+        self._max_bytes = max_bytes
+
+    def find(self, name: str, version: str, kind: Kind) -> ServedModel:
+        """Return the model that answers; a request for one that does not is counted as unknown."""
+        try:
+            return self._repository.find(name, version)
+        except ServingError as error:
+            self._metrics.requests.labels(UNKNOWN, UNKNOWN, kind, error.code.name).inc()
+            raise
+
+    @contextmanager
+    def counted(self, model: ServedModel, kind: Kind) -> Iterator[Timer]:
+        """Count the request that the body answers, by its end: answered, refused, failed or abandoned."""
+        timer, monitor = Timer(), model.monitor
+        monitor.inflight.inc()
+        try:
+            yield timer
+        except ServingError as error:
+            monitor.failed(kind, error.code.name, timer.elapsed())
+            raise
+        except CodecError as error:
+            monitor.failed(kind, InvalidArgument.code.name, timer.elapsed())
+            raise InvalidArgument(str(error), field=error.field) from error
+        except asyncio.CancelledError:
+            monitor.failed(kind, "CANCELLED", timer.elapsed())
+            raise
+        except Exception:
+            monitor.failed(kind, "INTERNAL", timer.elapsed())
+            raise
+        else:
+            monitor.succeeded(kind, timer.spent())
+        finally:
+            monitor.inflight.dec()
+
+    async def run(
+        self, model: ServedModel, inputs: Mapping[str, Array], rows: int, wanted: Wanted, call: Call
+    ) -> Answered:
+        """Run the rows and return what was asked for, after checking that it fits into a message."""
+        manifest = model.manifest
+        taps = tuple(dict.fromkeys(asked.tap for asked in wanted.layers))
+        if taps:
+            check_size(manifest, taps, rows, token_length(manifest, inputs), self._max_bytes)
+        if rows == 0:
+            return Answered(_named(manifest, wanted, [_empty(manifest, taps)]), 0, 0, 0)
+        answers = await model.run(inputs, rows, taps, bool(wanted.outputs), call.deadline)
+        model.monitor.tapped(len(taps))
+        return Answered(
+            _named(manifest, wanted, answers),
+            max(answer.queue_ns for answer in answers),
+            sum(answer.compute_ns for answer in answers),
+            max(answer.batch_rows for answer in answers),
+        )
+
+
+def _named(manifest: Manifest, wanted: Wanted, answers: list[Answer]) -> list[Tensor]:
+    """Return (name, datatype, values) in the order asked, the parts of a split request joined."""
+    outputs = {spec.name: spec for spec in manifest.outputs}
+    layers = {layer.path: layer for layer in manifest.layers}
+    taps = {asked.name: asked.tap for asked in wanted.layers}
+    tensors: list[Tensor] = []
+    for name in wanted.order:
+        if name in taps:
+            tap = taps[name]
+            values = join([answer.features[tap] for answer in answers])
+            tensors.append((name, reduced_datatype(layers[tap.layer], tap), values))
+        else:
+            tensors.append((name, outputs[name].datatype, join([answer.outputs[name] for answer in answers])))
+    return tensors
+
+
+def _empty(manifest: Manifest, taps: tuple[Tap, ...]) -> Answer:
+    """Return the answer to a request of no rows; dynamic dimensions are 0 in it."""
+    layers = {layer.path: layer for layer in manifest.layers}
+    outputs = {spec.name: np.zeros(_none(spec), memory_dtype(spec.datatype)) for spec in manifest.outputs}
+    features = {}
+    for tap in taps:
+        layer = layers[tap.layer]
+        shape = reduced_shape(_none(layer), tap.reducer)
+        features[tap] = np.zeros(shape, memory_dtype(reduced_datatype(layer, tap)))
+    return Answer(outputs, features, 0, 0, 0)
+
+
+def _none(spec: TensorSpec | LayerSpec) -> tuple[int, ...]:
+    return tuple(max(0, size) for size in spec.shape)

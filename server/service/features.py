@@ -1,0 +1,72 @@
+"""The feature service: which layers a model has, and their values for given rows."""
+
+from layercast.models.layer_names import match_layers, nearest
+from layercast.proto.codec import decode_named, named_tensor, quoted
+from layercast.proto.messages import (
+    ExtractRequest,
+    ExtractResponse,
+    Layer,
+    ListLayersRequest,
+    ListLayersResponse,
+    Timing,
+)
+from layercast.server.errors import InvalidArgument
+from layercast.server.layers import resolve
+from layercast.server.repository import Repository
+from layercast.server.service.answering import Answering
+from layercast.server.service.call import Call
+from layercast.server.service.requests import Wanted, check_inputs, resolve_outputs
+
+
+class FeatureService:
+    """Answers `layercast.v1.FeatureService`."""
+
+    def __init__(self, repository: Repository, answering: Answering) -> None:
+        self._repository = repository
+        self._answering = answering
+
+    async def list_layers(self, request: ListLayersRequest, call: Call) -> ListLayersResponse:
+        """The model's layers that a glob selects ("" for all), in the order in which they run."""
+        model = self._repository.find(request.model_name, request.model_version)
+        layers = model.manifest.layers
+        if request.pattern:
+            names = set(match_layers(request.pattern, [layer.path for layer in layers]))
+            if not names:
+                hint = nearest(request.pattern, [layer.path for layer in layers])
+                raise InvalidArgument(
+                    f"model {model.manifest.name!r} has no layer {quoted(request.pattern)}{hint}", field="pattern"
+                )
+            layers = tuple(layer for layer in layers if layer.path in names)
+        return ListLayersResponse(
+            model_name=model.manifest.name,
+            model_version=str(model.manifest.version),
+            layers=[Layer(**layer.model_dump(exclude={"clone"})) for layer in layers],
+        )
+
+    async def extract(self, request: ExtractRequest, call: Call) -> ExtractResponse:
+        """Values of the layers asked for, and of the outputs if any are named."""
+        model = self._answering.find(request.model_name, request.model_version, "features")
+        with self._answering.counted(model, "features") as timer:
+            if not request.layers:
+                raise InvalidArgument(
+                    "no layers are asked for; '*' asks for all, ListLayers names them", field="layers"
+                )
+            inputs = decode_named(request.inputs)
+            rows = check_inputs(model.manifest, inputs, {tensor.name: tensor.datatype for tensor in request.inputs})
+            layers = resolve(model.manifest, request.layers, "layers[{}]")
+            outputs = resolve_outputs(model.manifest, request.outputs).outputs if request.outputs else ()
+            wanted = Wanted(outputs, tuple(layers), (*(asked.name for asked in layers), *outputs))
+            timer.decoded()
+            answered = await self._answering.run(model, inputs, rows, wanted, call)
+            timer.ran(answered)
+            tensors = [named_tensor(*tensor) for tensor in answered.tensors]
+            return ExtractResponse(
+                model_name=model.manifest.name,
+                model_version=str(model.manifest.version),
+                id=request.id,
+                layers=tensors[: len(layers)],
+                outputs=tensors[len(layers) :],
+                timing=Timing(
+                    queue_ns=answered.queue_ns, compute_ns=answered.compute_ns, batch_rows=answered.batch_rows
+                ),
+            )
