@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, overload
 
 import grpc
 import grpc.aio
@@ -43,6 +43,39 @@ class AsyncClient:
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
 
+    @overload
+    async def predict(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: str = ...,
+        outputs: str,
+        timeout: float | None = ...,
+        id: str = ...,
+    ) -> AnyArray: ...
+    @overload
+    async def predict(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: str = ...,
+        outputs: list[str] | tuple[str, ...],
+        timeout: float | None = ...,
+        id: str = ...,
+    ) -> dict[str, AnyArray]: ...
+    @overload
+    async def predict(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: str = ...,
+        outputs: None = ...,
+        timeout: float | None = ...,
+        id: str = ...,
+    ) -> Any: ...
     async def predict(
         self,
         model: str,

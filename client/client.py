@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, overload
 
 import grpc
 
@@ -56,6 +56,39 @@ class Client:
             if not method.client_streaming
         }
 
+    @overload
+    def predict(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: str = ...,
+        outputs: str,
+        timeout: float | None = ...,
+        id: str = ...,
+    ) -> AnyArray: ...
+    @overload
+    def predict(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: str = ...,
+        outputs: list[str] | tuple[str, ...],
+        timeout: float | None = ...,
+        id: str = ...,
+    ) -> dict[str, AnyArray]: ...
+    @overload
+    def predict(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: str = ...,
+        outputs: None = ...,
+        timeout: float | None = ...,
+        id: str = ...,
+    ) -> Any: ...
     def predict(
         self,
         model: str,

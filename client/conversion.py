@@ -17,7 +17,7 @@ _EXACT_BITS = {"FP16": 11, "BF16": 8, "FP32": 24, "FP64": 53}
 
 def fit(name: str, value: ArrayLike, datatype: str) -> AnyArray:
     """The value as an array that the codec encodes as `datatype`. Raises InvalidArgument when that would change it."""
-    array = _as_array(name, value)
+    array = _as_array(name, value, datatype)
     try:
         wanted = memory_dtype(datatype)
     except CodecError as error:
@@ -34,8 +34,11 @@ def fit(name: str, value: ArrayLike, datatype: str) -> AnyArray:
         return array.astype(wanted, copy=False)
 
 
-def _as_array(name: str, value: ArrayLike) -> AnyArray:
+def _as_array(name: str, value: ArrayLike, datatype: str) -> AnyArray:
     try:
+        if datatype == "BYTES" and not isinstance(value, np.ndarray):
+            # numpy's own string types would drop NULs at the end of an element.
+            return np.asarray(value, object)
         return np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
         # Ragged lists, torch tensors on a GPU or with a gradient.

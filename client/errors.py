@@ -126,7 +126,7 @@ def from_status(status: Status, url: str, timeout: float | None) -> LayercastErr
         text = f"no server answers at {url}; {START_HINT}"
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and text == "Deadline Exceeded" and timeout is not None:
         text = f"no answer from {url} within {timeout:g} s; pass a longer timeout"
-    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and text.startswith("CLIENT: Received message larger than max"):
+    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "CLIENT: Received message larger" in text:
         text = f"the answer is larger than this client accepts; pass a larger max_message_bytes ({text})"
     error = _BY_CODE.get(code, LayercastError)(text)
     error.code = code

@@ -6,28 +6,36 @@
 Needs no server. One forward at a time per model: the hooks sit on the model's own modules.
 """
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from layercast.models.gradients import GradientExtractor
+from layercast.models.hook_points import (
+    LayerError,
+    flatten_output,
+    fused_attention_off,
+    registered_hooks,
+    select_modules,
+)
 from layercast.models.layer_names import LayerName, Pattern, nearest
 from layercast.models.reducers import ReducerError, reduce, split_tap
 
-_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-_fused_lock = threading.Lock()
-_fused_state = {"users": 0, "enabled": True}
-
-
-class LayerError(ValueError):
-    """A layer was asked for that does not exist, did not run, or has no tensor to give."""
+__all__ = [
+    "Extraction",
+    "FeatureExtractor",
+    "GradientExtractor",
+    "LayerError",
+    "ReducerError",
+    "flatten_output",
+    "fused_attention_off",
+    "registered_hooks",
+    "select_modules",
+]
 
 
 class _Stop(BaseException):
@@ -139,6 +147,7 @@ class FeatureExtractor:
             stopped = True
         finally:
             self._token_mask = None
+            self._captures.pending = None
         features = self._named()
         self._check_complete(features)
         if not stopped:
@@ -223,140 +232,3 @@ class FeatureExtractor:
                     f"no layer matches {tap.pattern.text!r}"
                     f"{nearest(tap.pattern.text, [name.text(repeated) for name, repeated in names])}"
                 )
-
-
-class GradientExtractor:
-    """Context manager that keeps layer outputs and the gradients that reach them in a backward pass.
-
-        with GradientExtractor(model, ["layer2.*"]) as gradients:
-            model(images)[:, 3].sum().backward()
-        gradients.activations["layer2.0"], gradients.gradients["layer2.0"]
-
-    It hooks the returned tensors instead of using full backward hooks: those turn outputs into views, which torch
-    forbids to change in place, and so fail on `ReLU(inplace=True)` and `x += skip`. A tensor's hook stays with the
-    value that it was registered on, whatever is done to the tensor afterwards. Names are those of FeatureExtractor.
-    """
-
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        self._model = model
-        self._patterns = [Pattern(text) for text in ([layers] if isinstance(layers, str) else layers)]
-        self._modules = select_modules(model, self._patterns)
-        self._handles: list[RemovableHandle] = []
-        self._calls: Counter[str] = Counter()
-        self._activations: dict[LayerName, Tensor] = {}
-        self._gradients: dict[LayerName, Tensor] = {}
-
-    def __enter__(self) -> Self:
-        if self._handles:
-            raise RuntimeError("this GradientExtractor is already open")
-        for path, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._hook(path)))
-        self._handles.append(self._model.register_forward_pre_hook(self._begin))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove every hook; safe to call twice."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    @property
-    def activations(self) -> dict[str, Tensor]:
-        """Outputs of the layers in the last forward, as they were when returned; detached."""
-        return self._named(self._activations)
-
-    @property
-    def gradients(self) -> dict[str, Tensor]:
-        """Gradients with respect to those outputs in the last backward; a layer that none reached is absent."""
-        return self._named(self._gradients)
-
-    def _begin(self, module: nn.Module, inputs: Any) -> None:
-        self._calls.clear()
-        self._activations.clear()
-        self._gradients.clear()
-
-    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def collect(module: nn.Module, inputs: Any, output: Any) -> None:
-            call = self._calls[path]
-            self._calls[path] += 1
-            for part, tensor in flatten_output(output):
-                name = LayerName(path, call, part)
-                if any(pattern.selects(name, repeated=True) for pattern in self._patterns):
-                    self._activations[name] = tensor.detach().clone()
-                    if tensor.requires_grad:
-                        self._handles.append(tensor.register_hook(self._keep(name)))
-
-        return collect
-
-    def _keep(self, name: LayerName) -> Callable[[Tensor], None]:
-        def keep(gradient: Tensor) -> None:
-            # A copy: autograd may go on to add other paths' gradients into this very tensor.
-            self._gradients[name] = gradient.detach().clone()
-
-        return keep
-
-    def _named(self, values: Mapping[LayerName, Tensor]) -> dict[str, Tensor]:
-        named = ((name, self._calls[name.path] > 1, value) for name, value in values.items())
-        return {
-            name.text(repeated): value
-            for name, repeated, value in named
-            if any(pattern.selects(name, repeated) for pattern in self._patterns)
-        }
-
-
-def flatten_output(output: Any, part: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield (part, tensor) for every tensor in what a module returned: "" for a tensor, "[0]", "[key][1]" inside."""
-    if isinstance(output, Tensor):
-        yield part, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from flatten_output(value, f"{part}[{key}]")
-    elif isinstance(output, list | tuple):
-        for index, value in enumerate(output):
-            yield from flatten_output(value, f"{part}[{index}]")
-
-
-def select_modules(model: nn.Module, patterns: Sequence[Pattern]) -> dict[str, nn.Module]:
-    """Return the modules inside `model` that any of `patterns` may select; LayerError for a pattern without any."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise LayerError("hooks need the Python module; a TorchScript program runs without them")
-    modules = {path: module for path, module in model.named_modules() if path}
-    for pattern in patterns:
-        if not any(pattern.may_select(path) for path in modules):
-            raise LayerError(f"no layer matches {pattern.text!r}{_hint(model, pattern.text, modules)}")
-    return {path: module for path, module in modules.items() if any(pattern.may_select(path) for pattern in patterns)}
-
-
-def registered_hooks(model: nn.Module) -> list[str]:
-    """Return the paths of the modules inside `model` ("" is itself) that hold a forward or backward hook."""
-    return [path for path, module in model.named_modules() if any(getattr(module, table) for table in _HOOK_TABLES)]
-
-
-@contextmanager
-def fused_attention_off() -> Iterator[None]:
-    """Switch torch's fused transformer path off: it computes without calling the modules inside, so no hook fires.
-
-    The switch is one for the whole process; nested and concurrent uses are counted, and the last one restores it.
-    """
-    with _fused_lock:
-        if not _fused_state["users"]:
-            _fused_state["enabled"] = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-        _fused_state["users"] += 1
-    try:
-        yield
-    finally:
-        with _fused_lock:
-            _fused_state["users"] -= 1
-            if not _fused_state["users"]:
-                torch.backends.mha.set_fastpath_enabled(bool(_fused_state["enabled"]))
-
-
-def _hint(model: nn.Module, wanted: str, modules: Mapping[str, nn.Module]) -> str:
-    for path, module in model.named_modules(remove_duplicate=False):
-        if path == wanted:
-            first = next(known for known, other in modules.items() if other is module)
-            return f": it is the same module as {first!r}; ask for that name"
-    return nearest(wanted, modules)

@@ -16,7 +16,13 @@ WEIGHTS_FILE: Final = "weights.safetensors"
 GOLDEN_FILE: Final = "golden.safetensors"
 PROGRAM_FILES: Final = {"torchscript": "model.ts", "onnx": "model.onnx", "exported": "model.pt2"}
 
-DATATYPES: Final = frozenset("BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 FP32 FP64 BF16 BYTES".split())
+DATATYPES: Final = (
+    "BOOL",
+    "UINT8", "UINT16", "UINT32", "UINT64",
+    "INT8", "INT16", "INT32", "INT64",
+    "FP16", "FP32", "FP64", "BF16",
+    "BYTES",
+)  # fmt: skip
 """Datatypes of the Open Inference Protocol."""
 
 Program = Literal["torchscript", "onnx", "exported"]
@@ -48,7 +54,7 @@ class TensorSpec(_Strict):
     @classmethod
     def _known(cls, datatype: str) -> str:
         if datatype not in DATATYPES:
-            raise ValueError(f"unknown datatype {datatype!r}; known: {', '.join(sorted(DATATYPES))}")
+            raise ValueError(f"unknown datatype {datatype!r}; known: {', '.join(DATATYPES)}")
         return datatype
 
     @field_validator("shape")
@@ -198,7 +204,7 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
 
-def refuse(path: Path, error: ValidationError) -> NoReturn:
+def refuse(path: Path | str, error: ValidationError) -> NoReturn:
     """Raise ManifestError with the file, the key path and the first thing that pydantic found wrong there."""
     first = error.errors(include_url=False)[0]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")

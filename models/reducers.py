@@ -53,8 +53,7 @@ def reduce(value: Tensor, reducers: str, token_mask: Tensor | None = None) -> Te
 def reduced_shape(shape: Sequence[int], reducers: str) -> tuple[int, ...]:
     """Return the shape that `reduce` gives for `shape`, whose dimensions must be known; ReducerError as there."""
     result = tuple(shape)
-    for name in reducers.split("@"):
-        name = _ALIASES.get(name, name)
+    for name in (_ALIASES.get(name, name) for name in reducers.split("@")):
         if name in _OF_TOKENS:
             _want_tokens(name, result)
         if name in ("mean", "max") and len(result) > 3:
@@ -118,7 +117,7 @@ def _norm(value: Tensor, mask: Tensor | None) -> Tensor:
         value = value.float()
     # In float32: the squares of halves overflow above 256.
     rows = value.flatten(1) if value.dim() > 1 else value.unsqueeze(1)
-    length = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(value.dtype, torch.float32))
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(value.dtype, torch.float32))
     scale = length.clamp(min=torch.finfo(length.dtype).tiny).reciprocal().view(-1, *[1] * (value.dim() - 1))
     return (value * scale).to(value.dtype)
 

@@ -95,22 +95,23 @@ class Batcher:
             async with asyncio.timeout_at(deadline):
                 return [await work.future for work in works]
         except TimeoutError:
+            self._withdraw(works)
             self._observer.rejected("deadline")
-            raise DeadlineExceeded(
-                "the deadline passed before the rows ran; allow more time or send fewer rows"
-            ) from None
+            raise DeadlineExceeded("the deadline passed before the answer; allow more time or send fewer rows") from None
         except asyncio.CancelledError:
+            queued = self._withdraw(works)
             # A transport may cancel at the deadline an instant before the timeout here fires.
             if deadline is not None and self._loop.time() >= deadline:
                 self._observer.rejected("deadline")
             else:
-                self._observer.cancelled("queued" if any(self._queue.holds(work) for work in works) else "running")
+                self._observer.cancelled("queued" if queued else "running")
             raise
-        finally:
+        except Exception:
             self._withdraw(works)
+            raise
 
     def hold(self) -> None:
-        """Stop gathering until `release`: what arrives waits in the queue. For tests of what happens to waiting rows."""
+        """Gather nothing until `release`: what arrives waits in the queue. For tests of waiting rows."""
         self._gate.clear()
 
     def release(self) -> None:
@@ -161,13 +162,18 @@ class Batcher:
         self._observer.queued(self._queue.rows)
         self._wake.set()
 
-    def _withdraw(self, works: Sequence[Work]) -> None:
+    def _withdraw(self, works: Sequence[Work]) -> bool:
+        """Take a request's unanswered works out of the queue; tell whether any still waited there."""
+        queued = [work for work in works if self._queue.holds(work)]
         for work in works:
-            if not work.future.done():
-                work.future.cancel()
-                self._queue.discard(work)
-                self._observer.queued(self._queue.rows)
-                self._wake.set()
+            # A part that failed beside the one that is reported would else be logged as never looked at.
+            if not work.future.cancel() and not work.future.cancelled():
+                work.future.exception()
+        for work in queued:
+            self._queue.discard(work)
+        self._observer.queued(self._queue.rows)
+        self._wake.set()
+        return bool(queued)
 
     async def _serve(self) -> None:
         while True:

@@ -15,7 +15,7 @@ _SHORTEST_BUCKET = 16
 
 @dataclass(frozen=True)
 class Loaded:
-    """A version that was loaded, checked and warmed up. `warmup_ms` is one forward of one row, the engine being warm."""
+    """A version that was loaded, checked and warmed up; `warmup_ms` is one warm forward of one row."""
 
     manifest: Manifest
     settings: ModelSettings

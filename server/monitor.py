@@ -29,7 +29,7 @@ class Duration:
 
 @dataclass
 class Statistics:
-    """The numbers of the protocol's ModelStatistics: requests in `success`, rows in `inferences`, batches in `executions`."""
+    """The protocol's ModelStatistics: requests in `success`, rows in `inferences`, batches in `executions`."""
 
     last_inference_ms: int = 0
     inferences: int = 0

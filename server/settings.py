@@ -1,6 +1,7 @@
 """Settings of the server and of one model: command line > environment `LAYERCAST_*` > `layercast.toml` > default."""
 
 import difflib
+import os
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,11 @@ EngineName = Literal["auto", "eager", "torchscript", "onnx", "exported"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 _MODEL_FILE = "layercast.toml"
+
+
+def default_cache() -> Path:
+    """Return `$XDG_CACHE_HOME/layercast`, or `~/.cache/layercast`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layercast"
 
 
 class ModelSettings(BaseModel):
@@ -37,7 +43,7 @@ class Settings(ModelSettings, BaseSettings):
 
     repository: Path | None = Field(default=None, description="folder of models; without it the zoo is served")
     cache: Path = Field(
-        default_factory=lambda: default_cache(), description="where the zoo's exported programs are kept between starts"
+        default_factory=default_cache, description="where the zoo's exported programs are kept between starts"
     )
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     grpc_port: int = Field(default=8001, ge=0, le=65_535, description="gRPC port; 0 takes a free one")
@@ -78,13 +84,6 @@ class Settings(ModelSettings, BaseSettings):
             return ModelSettings(**values)
         except ValidationError as error:
             raise StartError(f"{directory.name}/{_MODEL_FILE}: {explain(error, ModelSettings)}") from error
-
-
-def default_cache() -> Path:
-    """Return `$XDG_CACHE_HOME/layercast`, or `~/.cache/layercast`."""
-    import os
-
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layercast"
 
 
 def read(given: dict[str, Any]) -> Settings:

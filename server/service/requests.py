@@ -52,17 +52,19 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, Array], datatypes: Map
 def _check_input(spec: TensorSpec, array: Array, datatype: str, field: str) -> None:
     if datatype != spec.datatype:
         raise InvalidArgument(
-            f"input {spec.name!r}: want datatype {spec.datatype}, got {datatype}; convert the values before sending",
+            f"input {spec.name!r}: want datatype {spec.datatype}, got {quoted(datatype)}; convert the values",
             field=f"{field}.datatype",
         )
     if not _fits(spec.shape, array.shape):
         raise InvalidArgument(
-            f"input {spec.name!r}: want shape {list(spec.shape)}, got {list(array.shape)}{_shape_hint(spec.shape, array.shape)}",
+            f"input {spec.name!r}: want shape {list(spec.shape)}, got {list(array.shape)}"
+            + _shape_hint(spec.shape, array.shape),
             field=f"{field}.shape",
         )
     if spec.max_length is not None and array.shape[1] > spec.max_length:
         raise InvalidArgument(
-            f"input {spec.name!r}: {array.shape[1]} long, the model takes at most {spec.max_length}; cut it or send it in parts",
+            f"input {spec.name!r}: {array.shape[1]} long, the model takes at most {spec.max_length}; "
+            "cut it or send it in parts",
             field=f"{field}.shape",
         )
     if array.size and 0 in array.shape[1:]:
@@ -113,11 +115,12 @@ def resolve_outputs(manifest: Manifest, names: Sequence[str]) -> Wanted:
         else:
             hint = near(name[:128], known)
             raise InvalidArgument(
-                f"unexpected inference output {quoted(name)} for model {manifest.name!r}; {hint}; a layer is asked for as layer:PATH",
+                f"unexpected inference output {quoted(name)} for model {manifest.name!r}; {hint}; "
+                "a layer is asked for as layer:PATH",
                 field=field,
             )
-    twice = next((name for name in order if order.count(name) > 1), None) if len(set(order)) < len(order) else None
-    if twice is not None:
+    if len(set(order)) < len(order):
+        twice = next(name for name in order if order.count(name) > 1)
         raise InvalidArgument(f"output {twice!r} is asked for twice", field="outputs")
     return Wanted(tuple(outputs), tuple(layers), tuple(order))
 

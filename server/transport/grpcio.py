@@ -1,4 +1,4 @@
-"""The default front end: grpc.aio. It hands messages to the services and their errors to the callers; it knows no model."""
+"""The default front end, grpc.aio: hands messages to the services and their errors to the callers; knows no model."""
 
 import asyncio
 import re
@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2
 from grpc_health.v1 import health_pb2_grpc as health_rpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE_SERVICE, POOL, Method
 from layercast.server.errors import StartError, Unimplemented
@@ -136,7 +136,7 @@ def _unimplemented(name: str) -> Answer:
 
 def _add_reflection(server: grpc.aio.Server) -> None:
     """Offer reflection from our own descriptor pool, after putting the standard services into it."""
-    for file in (health_pb2.DESCRIPTOR, reflection._reflection_pb2.DESCRIPTOR):
+    for file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
         POOL.AddSerializedFile(file.serialized_pb)
     names = (INFERENCE_SERVICE, FEATURES_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server, pool=POOL)
@@ -144,7 +144,10 @@ def _add_reflection(server: grpc.aio.Server) -> None:
 
 def port_in_use(what: str, host: str, port: int, option: str) -> str:
     """Return the one line that a taken port gives."""
-    return f"{what} port {port} on {host} is in use, by another server perhaps; stop that one or choose another port with {option}"
+    return (
+        f"{what} port {port} on {host} is in use, by another server perhaps; "
+        f"stop that one or choose another port with {option}"
+    )
 
 
 def _snake(name: str) -> str:
