@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from layercast.client.errors import InvalidArgument
 from layercast.proto.codec import AnyArray, CodecError
-from layercast.proto.tensors import BFLOAT16, memory_dtype
+from layercast.proto.tensors import BFLOAT16, bytes_elements, memory_dtype
 
 # Whole numbers up to here are exact: 2 to the power of the significand's bits.
 _EXACT_BITS = {"FP16": 11, "BF16": 8, "FP32": 24, "FP64": 53}
@@ -20,12 +20,12 @@ def fit(name: str, value: ArrayLike, datatype: str) -> AnyArray:
     array = _as_array(name, value, datatype)
     try:
         wanted = memory_dtype(datatype)
+        if datatype == "BYTES":
+            elements = np.empty(array.size, object)
+            elements[:] = bytes_elements(array)
+            return elements.reshape(array.shape)
     except CodecError as error:
         raise InvalidArgument(f"input {name!r}: {error}") from error
-    if datatype == "BYTES":
-        if array.dtype.kind not in "OSU":
-            raise _refusal(name, array, datatype, "pass str or bytes elements")
-        return array
     if array.dtype.kind not in "biuf":
         raise _refusal(name, array, datatype, f"pass numbers of type {wanted.name}")
     if not np.can_cast(array.dtype, wanted, "safe") or datatype == BFLOAT16:

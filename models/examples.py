@@ -1,11 +1,12 @@
 """Example inputs for a model, made from what its card says about them."""
 
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import torch
 from torch import Tensor
 
+from layercast.models.card import Card
 from layercast.models.datatypes import TORCH_DTYPES
 from layercast.models.manifest import TensorSpec
 
@@ -13,20 +14,30 @@ Kind = Literal["random", "zeros", "low", "high"]
 KINDS: Final[tuple[Kind, ...]] = ("random", "zeros", "low", "high")
 """Random within the range (with padded tails for tokens), all zero, all at the lower end, all at the upper end."""
 
+Range = tuple[float, float]
+
 _DEFAULT_LENGTH: Final = 10
 
 
 class Examples:
     """Makes inputs that fit `specs`, the same ones for the same `seed` and arguments.
 
-    Inputs without a range get floats from -1 to 1 and integers 0 and 1. Dynamic dimensions get `length`, further ones
+    Inputs without a range get floats within `default_range` and integers 0 and 1. Dynamic dimensions get `length`, further ones
     of the same input one more each, so that an exporter does not take two of them for one.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec], seed: int = 0) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], seed: int = 0, default_range: Range = (-1.0, 1.0)) -> None:
         self.specs = tuple(specs)
         self._seed = seed
+        self._default_range = default_range
         self.is_dynamic = any(spec.dynamic_dimensions() for spec in self.specs)
+
+    @classmethod
+    def of(cls, card: Card, seed: int = 0) -> Self:
+        """Return examples for the inputs of `card`, within what its preprocessing gives."""
+        scale = (card.preprocessing or {}).get("scale")
+        pixels = (0.0, 255 * scale) if isinstance(scale, int | float) else (-1.0, 1.0)
+        return cls(card.inputs, seed, pixels)
 
     def lengths(self) -> tuple[int, ...]:
         """Return sizes worth trying in the dynamic dimensions, the default first, the longest (if it is known) last."""
@@ -39,22 +50,21 @@ class Examples:
     def make(self, batch: int, length: int = _DEFAULT_LENGTH, kind: Kind = "random") -> dict[str, Tensor]:
         """Return one tensor per input with `batch` rows, named as in the specs."""
         generator = torch.Generator().manual_seed(self._seed + 1000 * batch + length)
-        return {spec.name: _tensor(spec, batch, length, kind, generator) for spec in self.specs}
+        return {spec.name: self._tensor(spec, batch, length, kind, generator) for spec in self.specs}
 
-
-def _tensor(spec: TensorSpec, batch: int, length: int, kind: Kind, generator: torch.Generator) -> Tensor:
-    if spec.datatype not in TORCH_DTYPES:
-        raise ValueError(f"input {spec.name}: a model cannot take {spec.datatype}")
-    dtype = TORCH_DTYPES[spec.datatype]
-    shape = _shape(spec, batch, length)
-    low, high = _bounds(spec, dtype)
-    if kind != "random":
-        constant = {"zeros": min(max(0.0, low), high), "low": low, "high": high}[kind]
-        return torch.full(shape, constant).to(dtype)
-    if dtype.is_floating_point:
-        return (low + (high - low) * torch.rand(shape, generator=generator)).to(dtype)
-    values = torch.randint(int(low), int(high) + 1, shape, generator=generator).to(dtype)
-    return values if spec.pad is None else _padded(values, spec.pad, generator)
+    def _tensor(self, spec: TensorSpec, batch: int, length: int, kind: Kind, generator: torch.Generator) -> Tensor:
+        if spec.datatype not in TORCH_DTYPES:
+            raise ValueError(f"input {spec.name}: a model cannot take {spec.datatype}")
+        dtype = TORCH_DTYPES[spec.datatype]
+        shape = _shape(spec, batch, length)
+        low, high = spec.range or (self._default_range if dtype.is_floating_point else (0.0, 1.0))
+        if kind != "random":
+            constant = {"zeros": min(max(0.0, low), high), "low": low, "high": high}[kind]
+            return torch.full(shape, constant).to(dtype)
+        if dtype.is_floating_point:
+            return (low + (high - low) * torch.rand(shape, generator=generator)).to(dtype)
+        values = torch.randint(int(low), int(high) + 1, shape, generator=generator).to(dtype)
+        return values if spec.pad is None else _padded(values, spec.pad, generator)
 
 
 def _padded(values: Tensor, pad: int, generator: torch.Generator) -> Tensor:
@@ -71,9 +81,3 @@ def _shape(spec: TensorSpec, batch: int, length: int) -> list[int]:
     for further, index in enumerate(spec.dynamic_dimensions()):
         sizes[index] = min(length + further, spec.max_length or length + further)
     return sizes
-
-
-def _bounds(spec: TensorSpec, dtype: torch.dtype) -> tuple[float, float]:
-    if spec.range is not None:
-        return spec.range
-    return (-1.0, 1.0) if dtype.is_floating_point else (0.0, 1.0)

@@ -8,11 +8,12 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-AnyArray = NDArray[np.generic]
+AnyArray = NDArray[Any]
 
 # BF16 is not here because numpy has no such type: it travels as two bytes and is float32 in memory.
 DATATYPES: dict[str, np.dtype[np.generic]] = {

@@ -97,7 +97,9 @@ class Batcher:
         except TimeoutError:
             self._withdraw(works)
             self._observer.rejected("deadline")
-            raise DeadlineExceeded("the deadline passed before the answer; allow more time or send fewer rows") from None
+            raise DeadlineExceeded(
+                "the deadline passed before the answer; allow more time or send fewer rows"
+            ) from None
         except asyncio.CancelledError:
             queued = self._withdraw(works)
             # A transport may cancel at the deadline an instant before the timeout here fires.

@@ -49,6 +49,7 @@ class Server:
         self._http = HttpFrontEnd(application(self.repository, self.metrics.registry), "HTTP", "--http-port")
         self._metrics_http = HttpFrontEnd(metrics_application(self.metrics.registry), "metrics", "--metrics-port")
         self._health_updates: set[asyncio.Task[None]] = set()
+        self._stopped = False
         self.grpc_port = self.http_port = self.metrics_port = 0
 
     async def start(self) -> None:
@@ -69,7 +70,13 @@ class Server:
         await self._grpc.set_health(_SERVICES, serving=True)
 
     async def shut_down(self) -> None:
-        """Say "not ready", answer what was admitted within the drain time, refuse what comes, close the ports."""
+        """Say "not ready", answer what was admitted within the drain time, refuse what comes, close the ports.
+
+        A second call does nothing.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
         until = time.monotonic() + self._settings.drain_seconds
         await self._grpc.shut_health()
         with contextlib.suppress(TimeoutError):

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from layercast.models.artefact import assert_eval, golden, load_module
+from layercast.models.artefact import Golden, assert_eval, golden, load_module
 from layercast.models.manifest import Manifest
 from layercast.server.engines import programs
 from layercast.server.engines.base import Engine, EngineError, Inputs
@@ -45,20 +45,20 @@ def load(directory: Path, settings: ModelSettings, threads: int) -> Loaded:
         manifest.verify_files(directory)
         device = choose_device(settings.device)
         engines = _engines(directory, manifest, settings, device, threads)
-        inputs, outputs = golden(directory, manifest)
+        recorded = golden(directory, manifest)
     except (ValueError, OSError, RuntimeError, EngineError) as error:
         raise LoadError(_without_paths(str(error), directory)) from error
     for engine in engines.values():
-        _check_golden(engine, inputs, outputs)
-    timed = {name: _time(engine, _rows(inputs, _TIMED_ROWS)) for name, engine in engines.items()}
+        _check_golden(engine, recorded)
+    timed = {name: _time(engine, _rows(recorded.inputs, _TIMED_ROWS)) for name, engine in engines.items()}
     fast = min(timed, key=lambda name: timed[name]) if settings.engine == "auto" else settings.engine
     logger.info("%s: %s", manifest.name, ", ".join(f"{name} {ms:.2f} ms" for name, ms in timed.items()))
     eager = engines["eager"]
     if not isinstance(eager, EagerEngine):
         raise TypeError("this is a bug: the eager engine is of another class")
     runner = Runner(manifest, engines[fast], eager)
-    _time(runner.fast, _rows(inputs, settings.max_batch), runs=1)
-    warmup_ms = _time(runner.fast, _rows(inputs, 1))
+    _time(runner.fast, _rows(recorded.inputs, settings.max_batch), runs=1)
+    warmup_ms = _time(runner.fast, _rows(recorded.inputs, 1))
     return Loaded(manifest, settings, runner, time.perf_counter() - start, warmup_ms)
 
 
@@ -103,10 +103,10 @@ def _engines(
     return engines
 
 
-def _check_golden(engine: Engine, inputs: Inputs, outputs: Inputs) -> None:
+def _check_golden(engine: Engine, recorded: Golden) -> None:
     """Raise LoadError unless the engine reproduces the outputs that the export recorded."""
-    got = engine.run(inputs)
-    for name, wanted in outputs.items():
+    got = engine.run(recorded.inputs)
+    for name, wanted in recorded.outputs.items():
         if got[name].shape != wanted.shape:
             raise LoadError(
                 f"engine {engine.name}, output {name!r}: want shape {list(wanted.shape)} as recorded at the export, "

@@ -29,7 +29,7 @@ class ModelSettings(BaseModel):
 
     max_batch: int = Field(default=64, ge=1, le=65_536, description="rows that run together at most")
     max_delay_ms: float = Field(default=1.0, ge=0, le=10_000, description="how long the first row waits for others, ms")
-    queue_rows: int = Field(default=2048, ge=1, le=10_000_000, description="rows that may wait; more are refused")
+    queue_rows: int = Field(default=16_384, ge=1, le=10_000_000, description="rows that may wait; more are refused")
     engine: EngineName = Field(
         default="auto", description="what runs plain predictions; auto takes the fastest measured"
     )

@@ -52,7 +52,14 @@ class Running:
 @contextmanager
 def running(repository: Path, **settings: Any) -> Iterator[Running]:
     """Start a server on `repository` with `settings` on free ports, yield it ready, and shut it down."""
-    given = {"repository": repository, "grpc_port": 0, "http_port": 0, "metrics_port": 0, "drain_seconds": 5.0, **settings}
+    given = {
+        "repository": repository,
+        "grpc_port": 0,
+        "http_port": 0,
+        "metrics_port": 0,
+        "drain_seconds": 5.0,
+        **settings,
+    }
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="server-loop")
     thread.start()

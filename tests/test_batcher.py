@@ -50,7 +50,10 @@ def negate(works: Sequence[Work]) -> list[Rows]:
 
 @asynccontextmanager
 async def batching(
-    run: Callable[[Sequence[Work]], Sequence[Rows]] = negate, max_batch: int = 8, delay: float = 0.0, queue_rows: int = 100
+    run: Callable[[Sequence[Work]], Sequence[Rows]] = negate,
+    max_batch: int = 8,
+    delay: float = 0.0,
+    queue_rows: int = 100,
 ) -> AsyncIterator[tuple[Batcher, Recorder]]:
     recorder = Recorder()
     batcher = Batcher("m", run, Limits(max_batch, delay, queue_rows), recorder)

@@ -225,7 +225,8 @@ class TestFullyMaskedRows:
         torch.testing.assert_close(output[:, 1], layer.out.bias.expand(N, D))
         others = [0, 2, 3, 4]
         torch.testing.assert_close(output[:, others], layer(x)[:, others])
-        output.square().sum().backward()
+        with torch.autograd.set_detect_anomaly(True):  # raises on a NaN between layers, even one that's masked later
+            output.square().sum().backward()
         assert x.grad is not None
         assert x.grad.isfinite().all()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())

@@ -17,7 +17,10 @@ MANIFEST = Manifest(
         TensorSpec(name="image", datatype="FP32", shape=(-1, 3, 4)),
         TensorSpec(name="tokens", datatype="INT64", shape=(-1, -1), range=(0, 256), pad=256, max_length=8),
     ),
-    outputs=(TensorSpec(name="logits", datatype="FP32", shape=(-1, 2)), TensorSpec(name="aux", datatype="FP32", shape=(-1, 1))),
+    outputs=(
+        TensorSpec(name="logits", datatype="FP32", shape=(-1, 2)),
+        TensorSpec(name="aux", datatype="FP32", shape=(-1, 1)),
+    ),
     layers=(
         LayerSpec(path="stem", type="Conv2d", shape=(-1, 8, 4, 4), datatype="FP32", order=0),
         LayerSpec(path="blocks.0", type="Block", shape=(-1, -1, 16), datatype="FP32", order=1),
@@ -42,8 +45,16 @@ def test_right_inputs_give_the_number_of_rows():
 @pytest.mark.parametrize(
     ("arrays", "message", "field"),
     [
-        (inputs((3, 4), (2, 5)), r"want shape \[-1, 3, 4\], got \[3, 4\]; the first dimension is the batch: add it", "inputs[0].shape"),
-        (inputs((2, 3, 5), (2, 5)), r"want shape \[-1, 3, 4\], got \[2, 3, 5\]; dimension 2 differs", "inputs[0].shape"),
+        (
+            inputs((3, 4), (2, 5)),
+            r"want shape \[-1, 3, 4\], got \[3, 4\]; the first dimension is the batch: add it",
+            "inputs[0].shape",
+        ),
+        (
+            inputs((2, 3, 5), (2, 5)),
+            r"want shape \[-1, 3, 4\], got \[2, 3, 5\]; dimension 2 differs",
+            "inputs[0].shape",
+        ),
         (inputs((2, 12), (2, 5)), "so 3 dimensions in all", "inputs[0].shape"),
         (inputs((2, 3, 4), (2, 9)), "9 long, the model takes at most 8", "inputs[1].shape"),
         (inputs((2, 3, 4), (2, 0)), r"want shape \[-1, -1\], got \[2, 0\]", "inputs[1].shape"),

@@ -15,7 +15,12 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_defaults_are_the_documented_ports_on_loopback():
     settings = read({})
-    assert (settings.host, settings.grpc_port, settings.http_port, settings.metrics_port) == ("127.0.0.1", 8001, 8000, 8002)
+    assert (settings.host, settings.grpc_port, settings.http_port, settings.metrics_port) == (
+        "127.0.0.1",
+        8001,
+        8000,
+        8002,
+    )
     assert settings.max_message_bytes == 64 * 1024 * 1024
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +21,24 @@ CPU = torch.device("cpu")
 DIGITS = replace(recipe("mnist"), epochs=4, batch_size=16, validation=0.2)
 
 
-def bars(rows: int = 80) -> Dataset:
-    """Images of class k with a bright bar of rows 2k+4 and 2k+5, under noise; the test part is the training part."""
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """So little work is only slowed down by threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def spots(rows: int = 80) -> Dataset:
+    """Images of class k with a bright spot at one of ten places, under noise; the test part is the training part."""
     generator = torch.Generator().manual_seed(5)
     targets = torch.arange(rows) % 10
     images = torch.randint(0, 60, (rows, 1, 28, 28), generator=generator, dtype=torch.uint8)
     for row, target in enumerate(targets.tolist()):
-        images[row, 0, 2 * target + 4 : 2 * target + 6, 6:22] = 250
-    return Dataset("bars", "none", "made up", tuple("0123456789"), images, targets, images, targets)
+        top, left = 6 + 11 * (target // 5), 2 + 5 * (target % 5)
+        images[row, 0, top : top + 5, left : left + 4] = 250
+    return Dataset("spots", "none", "made up", tuple("0123456789"), images, targets, images, targets)
 
 
 def texts(rows: int = 60) -> Dataset:
@@ -54,7 +65,7 @@ def assert_same(one: Run, other: Run) -> None:
 def test_it_learns_and_reports_every_step_and_epoch():
     steps: list[tuple[int, int, int]] = []
     epochs: list[Epoch] = []
-    data = bars(200)
+    data = spots(200)
     trained = run(replace(DIGITS, epochs=8), data, on_step=lambda *step: steps.append(step), on_epoch=epochs.append)
     assert steps == [(epoch, step, 10) for epoch in range(8) for step in range(10)]
     assert epochs == trained.history
@@ -67,7 +78,7 @@ def test_it_learns_and_reports_every_step_and_epoch():
 @pytest.mark.parametrize("name", ["mlp", "transformer", "resnet"])
 def test_every_recipe_trains_a_model_of_its_own(name: str):
     chosen = replace(recipe(name), epochs=2, batch_size=8, validation=0.2)
-    data = bars(20)
+    data = spots(20)
     if name == "transformer":
         small = {"max_length": 24, "embed_dim": 8, "num_heads": 2, "ff_dim": 8, "num_blocks": 1}
         chosen, data = replace(chosen, arguments=small), texts()
@@ -81,7 +92,7 @@ def test_every_recipe_trains_a_model_of_its_own(name: str):
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not():
-    data = bars()
+    data = spots()
     assert_same(run(DIGITS, data), run(DIGITS, data))
     other = run(replace(DIGITS, seed=1), data)
     assert not torch.equal(
@@ -93,7 +104,7 @@ def test_the_callers_random_state_is_left_alone():
     torch.manual_seed(11)
     wanted = torch.rand(3)
     torch.manual_seed(11)
-    run(replace(DIGITS, epochs=1), bars(40))
+    run(replace(DIGITS, epochs=1), spots(40))
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -103,7 +114,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("moment", ["after an epoch", "within an epoch", "in the first epoch"])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, moment: str):
-    data, path = bars(), tmp_path / "checkpoint.pt"
+    data, path = spots(), tmp_path / "checkpoint.pt"
     whole = run(DIGITS, data)
 
     def on_epoch(epoch: Epoch) -> None:
@@ -123,7 +134,7 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Pa
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path):
-    data, path = bars(40), tmp_path / "checkpoint.pt"
+    data, path = spots(40), tmp_path / "checkpoint.pt"
     first = run(DIGITS, data, path)
     done: list[Epoch] = []
     assert_same(first, run(DIGITS, data, path, on_epoch=done.append))
@@ -139,7 +150,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path):
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, changes: dict[str, object], message: str):
-    data, path = bars(40), tmp_path / "checkpoint.pt"
+    data, path = spots(40), tmp_path / "checkpoint.pt"
     run(DIGITS, data, path)
     before = path.read_bytes()
     with pytest.raises(CheckpointError, match=message):
@@ -149,12 +160,12 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, changes: dict
 
 def test_a_checkpoint_of_other_data_or_of_another_program_is_refused(tmp_path: Path):
     path = tmp_path / "checkpoint.pt"
-    run(DIGITS, bars(40), path)
+    run(DIGITS, spots(40), path)
     with pytest.raises(CheckpointError, match="other training data; use --fresh"):
-        run(DIGITS, bars(50), path)
+        run(DIGITS, spots(50), path)
     torch.save({"model": {}}, path)
     with pytest.raises(CheckpointError, match="want a checkpoint of ours"):
-        run(DIGITS, bars(40), path)
+        run(DIGITS, spots(40), path)
 
 
 def epoch(number: int, validation_loss: float) -> Epoch:
@@ -183,13 +194,13 @@ def test_training_stops_after_so_many_epochs_without_improvement(
     monkeypatch: pytest.MonkeyPatch, patience: int, epochs: int
 ):
     scripted(monkeypatch, [0.5, 0.3, 0.4, 0.3, 0.6, 0.7])
-    assert len(run(replace(DIGITS, epochs=6, patience=patience), bars(40)).history) == epochs
+    assert len(run(replace(DIGITS, epochs=6, patience=patience), spots(40)).history) == epochs
 
 
 def test_the_weights_are_those_of_the_best_epoch_even_when_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     seen = scripted(monkeypatch, [0.5, 0.1, 0.2, 0.3])
-    trained = run(DIGITS, bars(40), tmp_path / "checkpoint.pt")
-    resumed = run(DIGITS, bars(40), tmp_path / "checkpoint.pt")
+    trained = run(DIGITS, spots(40), tmp_path / "checkpoint.pt")
+    resumed = run(DIGITS, spots(40), tmp_path / "checkpoint.pt")
     for finished in (trained, resumed):
         state = finished.model.state_dict()
         assert all(torch.equal(state[name], seen[1][name]) for name in state)
@@ -197,7 +208,7 @@ def test_the_weights_are_those_of_the_best_epoch_even_when_resumed(monkeypatch: 
 
 
 def test_validation_and_test_rows_are_never_trained_on(monkeypatch: pytest.MonkeyPatch):
-    data = bars(60)
+    data = spots(60)
     marked = data.train_inputs.clone()
     marked[:, 0, 0, 0] = torch.arange(60)
     data = replace(data, train_inputs=marked, test_inputs=data.test_inputs.fill_(200))
@@ -216,7 +227,7 @@ def test_validation_and_test_rows_are_never_trained_on(monkeypatch: pytest.Monke
 
 def test_a_batch_whose_targets_are_all_ignored_is_skipped_and_logged(caplog: pytest.LogCaptureFixture):
     """User report O40: torch's mean over no target is NaN, which would spoil every weight."""
-    data = bars(40)
+    data = spots(40)
     ignored = replace(data, train_targets=torch.full((40,), loop.IGNORED))
     ignored.train_targets[:4] = 1
     with caplog.at_level(logging.WARNING):
@@ -230,7 +241,7 @@ def test_a_loss_that_is_no_number_ends_training_with_advice(tmp_path: Path, monk
     path = tmp_path / "checkpoint.pt"
     monkeypatch.setattr(loop, "_step", lambda *_: torch.tensor(math.nan))
     with pytest.raises(TrainingError, match="the loss became nan in epoch 1; lower the learning rate"):
-        run(DIGITS, bars(40), path)
+        run(DIGITS, spots(40), path)
     assert not path.exists()
 
 
@@ -260,11 +271,11 @@ def test_label_smoothing_and_clipping(smoothing: float):
 
 
 def test_bfloat16_forward_keeps_float32_weights_and_learns():
-    trained = train(DIGITS, bars(), Options(CPU, torch.bfloat16), lambda *_: None, lambda _: None)
+    trained = train(DIGITS, spots(), Options(CPU, torch.bfloat16), lambda *_: None, lambda _: None)
     assert {parameter.dtype for parameter in trained.model.parameters()} == {torch.float32}
     assert trained.history[-1].loss < trained.history[0].loss
 
 
 def test_fewer_rows_than_a_batch_still_train():
-    trained = run(replace(DIGITS, epochs=2, batch_size=512), bars(40))
+    trained = run(replace(DIGITS, epochs=2, batch_size=512), spots(40))
     assert len(trained.history) == 2

@@ -1,0 +1,1 @@
+"""Export: TorchScript, ONNX and torch.export programs with their checks; `writer.export_artefact` does it all."""

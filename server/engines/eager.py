@@ -1,14 +1,15 @@
 """Engine on the `nn.Module` itself: plain predictions, and any layer through forward hooks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from layercast.models.artefact import to_numpy
 from layercast.models.hooks import FeatureExtractor, ReducerError
 from layercast.models.manifest import Manifest
 from layercast.server.engines.base import Inputs, Outputs
-from layercast.server.engines.tensors import to_array, to_outputs, to_tensors
+from layercast.server.engines.tensors import to_outputs, to_tensors
 from layercast.server.errors import InvalidArgument
 from layercast.server.work import Array, Tap
 
@@ -34,7 +35,7 @@ class EagerEngine:
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output for the batch."""
         with torch.inference_mode():
-            result = self._module(*to_tensors(inputs, self._manifest.inputs, self._device))
+            result = self._module(**to_tensors(inputs, self._manifest.inputs, self._device))
             return to_outputs(result, self._manifest.outputs)
 
     def tapped(self, inputs: Inputs, taps: Sequence[Tap], predict: bool) -> tuple[Outputs, dict[Tap, Array]]:
@@ -50,15 +51,12 @@ class EagerEngine:
         with torch.inference_mode(), extractor:
             tensors = to_tensors(inputs, self._manifest.inputs, self._device)
             try:
-                result = extractor.run(*tensors, token_mask=self._token_mask(tensors))
+                result = extractor.run(**tensors, token_mask=self._token_mask(tensors))
             except ReducerError as error:
                 raise InvalidArgument(str(error)) from error
             outputs = to_outputs(result.output, self._manifest.outputs) if predict else {}
-            return outputs, {tap: to_array(result.features[name]) for tap, name in names.items()}
+            return outputs, {tap: to_numpy(result.features[name]) for tap, name in names.items()}
 
-    def _token_mask(self, tensors: Sequence[Tensor]) -> Tensor | None:
+    def _token_mask(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Return which tokens count, [N, T], for a model with a padded input: reducers leave the others out."""
-        for tensor, spec in zip(tensors, self._manifest.inputs, strict=True):
-            if spec.pad is not None:
-                return tensor != spec.pad
-        return None
+        return next((tensors[spec.name] != spec.pad for spec in self._manifest.inputs if spec.pad is not None), None)

@@ -23,10 +23,9 @@ class OnnxEngine:
         options.log_severity_level = 3
         # Idle threads that spin would take the CPU from the event loop.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        content = manifest.read_verified(directory, manifest.programs["onnx"])
         providers = _PROVIDERS[device.type]
-        self._session = onnxruntime.InferenceSession(
-            directory / manifest.programs["onnx"], options, providers=providers
-        )
+        self._session = onnxruntime.InferenceSession(content, options, providers=providers)
         # Asked for a provider that it can't load, ONNX Runtime falls back to the CPU without an error.
         if self._session.get_providers()[0] != providers[0]:
             raise EngineError(f"ONNX Runtime has no working {providers[0]}; it would run on the CPU unasked")

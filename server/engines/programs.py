@@ -26,16 +26,16 @@ class ProgramEngine:
         """Return every output for the batch."""
         with torch.inference_mode():
             tensors = to_tensors(inputs, self._manifest.inputs, self._device)
-            return to_outputs(self._program(*tensors), self._manifest.outputs)
+            return to_outputs(self._program(*tensors.values()), self._manifest.outputs)
 
 
 def torchscript(directory: Path, manifest: Manifest, device: torch.device) -> ProgramEngine:
     """Load `model.ts`."""
-    program = load_torchscript(directory / manifest.programs["torchscript"], device)
+    program = load_torchscript(directory, manifest, device.type)
     return ProgramEngine("torchscript", program, manifest, device)
 
 
 def exported(directory: Path, manifest: Manifest, device: torch.device) -> ProgramEngine:
     """Load `model.pt2`."""
-    program = load_exported(directory / manifest.programs["exported"], device)
+    program = load_exported(directory, manifest, device.type)
     return ProgramEngine("exported", program, manifest, device)

@@ -76,18 +76,18 @@ class GrpcFrontEnd:
         """Report everything as not serving, for good."""
         await self._health.enter_graceful_shutdown()
 
-    def _handler(self, service_name: str, method: Method, service: object) -> grpc.RpcMethodHandler[Any, Any]:
+    def _handler(self, service_name: str, method: Method, service: object) -> "grpc.RpcMethodHandler[Any, Any]":
         answer: Answer | None = getattr(service, _snake(method.name), None)
         if answer is None:
             answer = _unimplemented(method.name)
-        call = _Unary(answer, method, service_name, self._metrics)
+        call = _Call(answer, method, service_name, self._metrics)
         decode, encode = method.request.FromString, method.response.SerializeToString
         if method.client_streaming:
             return grpc.stream_stream_rpc_method_handler(call.refuse_stream, decode, encode)
-        return grpc.unary_unary_rpc_method_handler(call, decode, encode)
+        return grpc.unary_unary_rpc_method_handler(call.unary, decode, encode)
 
 
-class _Unary:
+class _Call:
     """One RPC: counts it, and turns what the service raises into its status."""
 
     def __init__(self, answer: Answer, method: Method, service: str, metrics: Metrics) -> None:
@@ -99,7 +99,8 @@ class _Unary:
         self._duration = metrics.rpc_duration.labels(*labels)
         self._handled = {code: metrics.rpc_handled.labels(*labels, code.name) for code in grpc.StatusCode}
 
-    async def __call__(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+    async def unary(self, request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+        """Answer one message with one message."""
         start = time.perf_counter()
         self._started.inc()
         code = grpc.StatusCode.OK
@@ -119,7 +120,7 @@ class _Unary:
 
     async def refuse_stream(self, requests: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
         """Answer a streaming RPC that no service offers."""
-        await self(None, context)
+        await self.unary(None, context)
 
 
 def _deadline(context: "grpc.aio.ServicerContext[Any, Any]") -> float | None:

@@ -81,7 +81,7 @@ class FakeServer:
         self._server = grpc.server(
             ThreadPoolExecutor(8), options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)]
         )
-        calls = {
+        calls: dict[str, Callable[[Any], Any]] = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
             "ModelReady": self.model_ready,
@@ -104,7 +104,7 @@ class FakeServer:
     def asked(self, kind: type) -> list[Any]:
         return [request for request in self.requests if isinstance(request, kind)]
 
-    def _handler(self, method: Method, call: Callable[[Any], Any]) -> grpc.RpcMethodHandler:
+    def _handler(self, method: Method, call: Callable[[Any], Any]) -> Any:
         def answer(request: Any, context: grpc.ServicerContext) -> Any:
             self.requests.append(request)
             self.headers.append(dict(context.invocation_metadata()))

@@ -134,7 +134,7 @@ def test_values_that_fit_are_converted(client: Any, datatype: str, value: Any, b
         ("FP32", [["a"]], "pass numbers of type float32"),
         ("FP32", [[1j]], "pass numbers"),
         ("FP32", [[1], [2, 3]], "does not convert to a numpy array"),
-        ("BYTES", [[1.5]], "pass str or bytes"),
+        ("BYTES", [[1.5]], "input 'x': BYTES elements are bytes or str, got float"),
         ("BYTES", np.array([[None]], object), "bytes or str, got NoneType"),
     ],
 )

@@ -1,0 +1,95 @@
+"""`layercast export`: writes models of the zoo as artefacts that the server loads."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from layercast.models import zoo
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models of the zoo to export")
+    parser.add_argument("--all", action="store_true", help="export every model of the zoo")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="write DIR/NAME/VERSION")
+    parser.add_argument("--version", type=_version, default=1, metavar="N", help="version to write (default: 1)")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--force", action="store_true", help="replace a version that exists")
+    existing.add_argument("--keep", action="store_true", help="leave a version that exists, without an error")
+    parser.add_argument("--zoo", type=Path, default=zoo.ZOO, metavar="DIR", help="take models from this folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export the chosen models; return 0, 1 when one could not be exported, 2 for bad arguments."""
+    if bool(args.names) == args.all:
+        return _complain("name the models to export, or pass --all", 2)
+    try:
+        names = zoo.names(args.zoo) if args.all else list(dict.fromkeys(args.names))
+        folders = [zoo.directory(name, args.zoo) for name in names]
+    except ValueError as error:
+        return _complain(str(error), 2)
+    if not folders:
+        return _complain(f"no model in {args.zoo}", 1)
+    for folder in folders:
+        target = args.output / folder.name / str(args.version)
+        if args.keep and target.exists():
+            continue
+        try:
+            _export(folder, target, args.force)
+        except (ValueError, OSError) as error:
+            if args.keep and target.exists():  # another process was faster
+                continue
+            return _complain(str(error), 1)
+    return 0
+
+
+def _export(folder: Path, target: Path, force: bool) -> None:
+    # Here, not above: --help and a refusal need no torch.
+    import torch
+
+    from layercast.models.artefact import module_from_card
+    from layercast.models.card import CARD_FILE
+    from layercast.models.export.writer import Written, export_artefact, refuse_existing
+
+    # One thread: these models are small, and where another process keeps the cores busy, threads that wait for each
+    # other take ten times as long.
+    torch.set_num_threads(1)
+
+    def report(written: Written) -> None:
+        label = f"{folder.name} {target.name}"
+        print(
+            f"{label:<16} {written.program:<12} max difference {written.largest:.1e}  {written.seconds:.1f} s",
+            flush=True,
+        )
+
+    refuse_existing(target, force)
+    start = time.perf_counter()
+    card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+    manifest = export_artefact(module_from_card(folder), card, target, force=force, report=report)
+    size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+    seconds = time.perf_counter() - start
+    print(f"wrote {target}  {len(manifest.layers)} layers, {size:.1f} MB, {seconds:.1f} s", flush=True)
+
+
+def _version(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"want a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"layercast: {text}", file=sys.stderr)
+    return code
+
+
+def main() -> int:
+    """Run the command on its own, as the zoo does in a process of its own."""
+    parser = argparse.ArgumentParser(prog="layercast export", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Writes an artefact: checks, layer index, weights, programs with their parity, golden values, manifest."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from layercast.models.artefact import build, load_weights, save_weights
+from layercast.models.card import Card
+from layercast.models.examples import Examples
+from layercast.models.export import exported, onnx, parity, torchscript
+from layercast.models.export.checks import ExportError, check_interface, check_rows, check_state
+from layercast.models.export.positional import Positional, named_outputs
+from layercast.models.layer_index import build_index
+from layercast.models.manifest import GOLDEN_FILE, PROGRAM_FILES, WEIGHTS_FILE, Manifest, Program, file_entry
+from layercast.models.versions import tool_versions
+
+PROGRAMS: Final[tuple[Program, ...]] = get_args(Program)
+GOLDEN_ROWS: Final = 4
+_GOLDEN_SEED: Final = 20
+
+
+@dataclass(frozen=True)
+class Written:
+    """One program that passed its parity check: largest difference by batch size, seconds to write and check it."""
+
+    program: Program
+    parity: dict[int, float]
+    seconds: float
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of all batch sizes."""
+        return max(self.parity.values())
+
+
+def export_artefact(
+    module: nn.Module,
+    card: Mapping[str, Any],
+    directory: Path | str,
+    *,
+    programs: Sequence[Program] = PROGRAMS,
+    force: bool = False,
+    report: Callable[[Written], None] = lambda written: None,
+) -> Manifest:
+    """Export `module`, in eval mode on the CPU, as the version that `directory` (…/NAME/VERSION) is named after.
+
+    Everything is written beside `directory` and renamed into place once all checks have passed, so that a directory
+    of that name is always whole. An existing one is refused unless `force`. `report` is told of every program.
+    ExportError says which module or program is at fault.
+    """
+    directory = Path(directory)
+    checked = Card.check(card)
+    version = _version(directory)
+    refuse_existing(directory, force)
+    examples = Examples.of(checked)
+    check_state(module, checked)
+    check_interface(module, checked, examples)
+    layers = build_index(module, examples)
+    check_rows(module, checked, examples, layers)
+    with _staged(directory, force) as stage:
+        save_weights(module, stage / WEIGHTS_FILE)
+        _check_weights(module, checked, examples, stage)
+        _write_golden(module, checked, stage)
+        written = list(_write_programs(module, checked, examples, stage, programs, report))
+        manifest = Manifest(
+            name=checked.name,
+            version=version,
+            description=checked.description,
+            architecture=checked.architecture,
+            arguments=checked.arguments,
+            inputs=checked.inputs,
+            outputs=checked.outputs,
+            preprocessing=checked.preprocessing,
+            labels=checked.labels,
+            layers=tuple(layers),
+            programs={done.program: PROGRAM_FILES[done.program] for done in written},
+            parity={done.program: done.parity for done in written},
+            metrics=checked.metrics,
+            licence=checked.licence,
+            data=checked.data,
+            files={path.name: file_entry(path) for path in sorted(stage.iterdir())},
+            tools=tool_versions(),
+        )
+        manifest.write(stage)
+    return manifest
+
+
+def refuse_existing(directory: Path, force: bool) -> None:
+    """Raise ExportError if `directory` exists and may not be replaced."""
+    if directory.exists() and not force:
+        raise ExportError(f"{directory} exists already; choose another version or pass --force to replace it")
+
+
+def _version(directory: Path) -> int:
+    if not directory.name.isdecimal() or int(directory.name) < 1:
+        raise ExportError(f"{directory}: the last part must be the version, a whole number from 1")
+    return int(directory.name)
+
+
+def _write_programs(
+    module: nn.Module, card: Card, examples: Examples, stage: Path, programs: Sequence[Program],
+    report: Callable[[Written], None],
+) -> Iterator[Written]:  # fmt: skip
+    outputs = [spec.name for spec in card.outputs]
+    wrapped = Positional(module, [spec.name for spec in card.inputs], outputs)
+    inputs = examples.make(exported.EXAMPLE_BATCH)
+    tried = parity.cases(module, examples, outputs)
+    captured = None
+    for program in programs:
+        start = time.perf_counter()
+        path = stage / PROGRAM_FILES[program]
+        if program == "torchscript":
+            torchscript.write(wrapped, inputs, path, card.name)
+            run = parity.torch_runner(torchscript.load_bytes(path.read_bytes()))
+        else:
+            captured = captured or exported.capture(wrapped, inputs, card.inputs, card.name)
+            if program == "onnx":
+                onnx.write(captured, inputs, card.inputs, outputs, path, card.name)
+                run = parity.onnx_runner(path.read_bytes(), outputs)
+            else:
+                exported.write(captured, path)
+                run = parity.torch_runner(exported.load_bytes(path.read_bytes()))
+        differences = parity.measure(program, run, tried, card.name)
+        done = Written(program, differences, time.perf_counter() - start)
+        report(done)
+        yield done
+
+
+def _check_weights(module: nn.Module, card: Card, examples: Examples, stage: Path) -> None:
+    """Refuse an architecture that the registry cannot build again, or that gives other answers with these weights."""
+    again = build(card.architecture, card.arguments)
+    load_weights(again, (stage / WEIGHTS_FILE).read_bytes(), WEIGHTS_FILE)
+    outputs = [spec.name for spec in card.outputs]
+    inputs = examples.make(2)
+    with torch.inference_mode():
+        expected = named_outputs(module(**inputs), outputs)
+        results = named_outputs(again.eval()(**inputs), outputs)
+    for name in outputs:
+        if not torch.allclose(results[name], expected[name], rtol=0, atol=parity.LIMIT, equal_nan=True):
+            raise ExportError(
+                f"{card.name}: {card.architecture} built from the card's arguments and the saved weights gives another "
+                f"{name!r} than the module; something that matters is neither an argument, a parameter nor a buffer"
+            )
+
+
+def _write_golden(module: nn.Module, card: Card, stage: Path) -> None:
+    inputs = Examples.of(card, seed=_GOLDEN_SEED).make(GOLDEN_ROWS)
+    with torch.inference_mode():
+        outputs = named_outputs(module(**inputs), [spec.name for spec in card.outputs])
+    tensors = {f"input.{name}": value for name, value in inputs.items()}
+    tensors |= {f"output.{name}": value.contiguous().clone() for name, value in outputs.items()}
+    (stage / GOLDEN_FILE).write_bytes(safetensors.torch.save(tensors))
+
+
+@contextmanager
+def _staged(directory: Path, force: bool) -> Iterator[Path]:
+    """Yield an empty directory beside `directory` that takes its place when the block ends without an error."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        stage.chmod(0o777 & ~_umask())  # mkdtemp's are private, but a server may run as another user
+        yield stage
+        if force and directory.exists():
+            # A directory cannot be renamed over a full one: the old one steps aside first.
+            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+            directory.rename(old / directory.name)
+            stage.rename(directory)
+            shutil.rmtree(old)
+        else:
+            _take_place(stage, directory)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _take_place(stage: Path, directory: Path) -> None:
+    try:
+        stage.rename(directory)
+    except OSError as error:
+        if directory.exists():
+            raise ExportError(f"{directory} was written by another process meanwhile") from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

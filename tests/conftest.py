@@ -1,0 +1,94 @@
+"""Fixtures that many tests share; the expensive ones are made once a session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layercast.models import registry
+from layercast.models.export.writer import export_artefact
+from serving import Running, running
+from torch import nn
+
+IMAGE = {"range": None, "pad": None, "max_length": None}
+CARDS: dict[str, dict[str, Any]] = {
+    "mnist": {
+        "architecture": "MNISTClassifier",
+        "inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 1, 28, 28]}],
+        "labels": [str(digit) for digit in range(10)],
+        "preprocessing": {
+            "kind": "image", "mode": "L", "width": 28, "height": 28, "scale": 1 / 255, "layout": "CHW", "background": "dark",
+        },
+    },
+    "resnet": {
+        "architecture": "ResNetLike",
+        "inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 3, 32, 32]}],
+        "labels": [f"class {number}" for number in range(10)],
+        "preprocessing": {"kind": "image", "mode": "RGB", "width": 32, "height": 32, "scale": 1 / 255, "layout": "CHW"},
+    },
+    "transformer": {
+        "architecture": "TransformerEncoder",
+        "arguments": {"max_length": 32, "embed_dim": 16, "num_heads": 2, "ff_dim": 32, "num_blocks": 2},
+        "inputs": [
+            {"name": "tokens", "datatype": "INT64", "shape": [-1, -1], "range": [0, 256], "pad": 256, "max_length": 32}
+        ],
+        "labels": ["ham", "spam"],
+        "preprocessing": {"kind": "text", "encoding": "utf-8", "pad": 256, "max_length": 32, "overlong": "cut"},
+    },
+    "shared": {
+        "architecture": "SharedWeights",
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 10]}],
+    },
+}  # fmt: skip
+OUTPUTS = {"mnist": ("logits", 10), "resnet": ("logits", 10), "transformer": ("logits", 2), "shared": ("output", 10)}
+
+
+def card_of(name: str) -> dict[str, Any]:
+    """Return the card of a test model."""
+    output, size = OUTPUTS[name]
+    outputs = [{"name": output, "datatype": "FP32", "shape": [-1, size]}]
+    return {"name": name, "arguments": {}, "outputs": outputs, **CARDS[name]}
+
+
+@pytest.fixture(scope="session")
+def modules() -> dict[str, nn.Module]:
+    """Untrained models in eval mode, with running statistics that are not the identity: the oracles."""
+    torch.manual_seed(0)
+    made = {}
+    for name, card in CARDS.items():
+        module = registry.build(card["architecture"], **card.get("arguments", {}))
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+                part.running_mean.uniform_(-0.2, 0.2)
+                part.running_var.uniform_(0.5, 1.5)
+        made[name] = module.eval()
+    return made
+
+
+@pytest.fixture(scope="session")
+def repository(modules: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of the test models, version 1 each, with every program."""
+    root = tmp_path_factory.mktemp("repository")
+    for name, module in modules.items():
+        export_artefact(module, card_of(name), root / name / "1")
+    return root
+
+
+@pytest.fixture(scope="session")
+def served(repository: Path) -> Iterator[Running]:
+    """A server on that repository, shared by tests that leave it as they found it; batches hold 16 rows."""
+    with running(repository, max_batch=16) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def data_directory() -> Path:
+    """The folder with the real data sets; tests that need it are skipped where it is absent."""
+    import os
+
+    given = os.environ.get("LAYERCAST_DATA")
+    directory = Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
+    if not (directory / "mnist").is_dir():
+        pytest.skip("needs the data sets; name their folder in LAYERCAST_DATA")
+    return directory
