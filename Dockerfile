@@ -35,7 +35,7 @@ FROM python:${PYTHON_VERSION}-slim
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin layercast
 COPY --from=build /opt/layercast /opt/layercast
 COPY --from=export /models /models
-ENV PATH=/opt/layercast/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/layercast/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1
 USER 10001:10001
 WORKDIR /models
 # HTTP, gRPC, metrics

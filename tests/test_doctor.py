@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -144,3 +145,11 @@ def test_doctor_is_importable_without_the_server_extra() -> None:
     code = "import layercast.server.commands.doctor, sys; print({'torch', 'grpc', 'pydantic', 'rich'} & {*sys.modules})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_doctor_leaves_nothing_behind(tmp_path: Path) -> None:
+    code = "from layercast.server.commands import doctor; print(*doctor.examine(), sep='\\n')"
+    environ = {**os.environ, "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    environ.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, check=True)
+    assert list(tmp_path.rglob("*")) == []

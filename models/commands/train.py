@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from layercast.models.data import Dataset
     from layercast.models.training.loop import Epoch, Options
-    from layercast.models.training.recipes import Recipe
 
 NAMES = ("mnist", "mlp", "resnet", "transformer")
 _LARGEST_SEED = 1 << 32
@@ -18,13 +16,7 @@ _LARGEST_SEED = 1 << 32
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `layercast train`."""
     parser.add_argument("name", choices=NAMES, help="which model of the zoo")
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder with mnist/, cifar10/, sms_spam/; or `digits`: scikit-learn's digits, for mnist and mlp",
-    )
-    parser.add_argument("--download", action="store_true", help="fetch what is missing in DIR from its official home")
+    add_data_arguments(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -43,18 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="start anew where an earlier run left a checkpoint")
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where the data are."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder with mnist/, cifar10/, sms_spam/; or `digits`: scikit-learn's digits, for mnist and mlp",
+    )
+    parser.add_argument("--download", action="store_true", help="fetch what is missing in DIR from its official home")
+
+
 def run(args: argparse.Namespace) -> int:
     """Train, measure once on the test rows, write the card; Ctrl-C keeps the last epoch's checkpoint."""
-    from layercast.models.data import DataError
-    from layercast.models.training.checkpoint import CheckpointError
-    from layercast.models.training.loop import TrainingError
-
     saved: Path = args.output / args.name / "checkpoint.pt"
     try:
         return _train(args, saved)
-    except (DataError, CheckpointError, TrainingError, OSError) as error:
-        print(f"layercast: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         kept = f"; {saved} keeps the epochs done, the same command goes on from there" if saved.exists() else ""
         print(f"layercast: interrupted{kept}", file=sys.stderr)
@@ -68,7 +64,7 @@ def _train(args: argparse.Namespace, saved: Path) -> int:
 
     changes = {"epochs": args.epochs, "seed": args.seed}
     recipe = replace(find_recipe(args.name), **{key: value for key, value in changes.items() if value is not None})
-    data = _load(recipe, args)
+    data = recipe.load_data(args.data, args.download)
     options = _options(args.precision, saved)
     if args.fresh:
         saved.unlink(missing_ok=True)
@@ -88,19 +84,6 @@ def _train(args: argparse.Namespace, saved: Path) -> int:
         f"wrote weights, card, curves and figures to {saved.parent}"
     )
     return 0
-
-
-def _load(recipe: "Recipe", args: argparse.Namespace) -> "Dataset":
-    if args.data == "digits":
-        from layercast.models.data.digits import load_digits
-
-        return load_digits(recipe.data)
-    directory = Path(args.data)
-    if args.download:
-        from layercast.models.data.sources import fetch
-
-        fetch(recipe.data, directory / recipe.data, lambda line: print(line, flush=True))
-    return recipe.load_data(directory)
 
 
 def _options(precision: str, saved: Path) -> "Options":

@@ -28,7 +28,7 @@ OnStep = Callable[[int, int, int], None]
 """Called with (epoch, step, steps an epoch) after every step."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """Training cannot go on; the text says why and what to change."""
 
 

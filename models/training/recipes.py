@@ -1,7 +1,7 @@
 """How each model of the zoo is trained: one frozen recipe a name."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from layercast.models.data import Dataset
 from layercast.models.data.cifar import load_cifar10
+from layercast.models.data.digits import load_digits
 from layercast.models.data.idx import load_mnist
+from layercast.models.data.sources import fetch
 from layercast.models.data.text import PADDING, load_sms_spam
 
 _PIXEL = 1 / 255
@@ -54,9 +56,17 @@ class Recipe:
                 return size
         return 32
 
-    def load_data(self, directory: Path) -> Dataset:
-        """Read this recipe's data set from its folder below `directory`."""
-        folder = directory / self.data
+    def load_data(self, where: str, download: bool = False, say: Callable[[str], None] = print) -> Dataset:
+        """Read this recipe's data set from its folder below the directory `where`; `digits` is scikit-learn's digits.
+
+        With `download`, files that are missing are fetched first; `say` is told each line. DataError when the data
+        cannot be had or are not what they should be.
+        """
+        if where == "digits":
+            return load_digits(self.data)
+        folder = Path(where) / self.data
+        if download:
+            fetch(self.data, folder, say)
         if self.data == "mnist":
             return load_mnist(folder)
         if self.data == "cifar10":

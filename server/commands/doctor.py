@@ -130,6 +130,7 @@ def check_onnxruntime() -> Iterator[Finding]:
     if clash := environment.onnxruntime_clash():
         problem, remedy = clash.split(" Run: ", 1)
         yield Finding("fail", "onnxruntime", problem, remedy)
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # importing it would otherwise write a device id into HOME
     reinstall = "pip install --force-reinstall --no-deps onnxruntime-gpu"
     try:
         runtime = import_module("onnxruntime")

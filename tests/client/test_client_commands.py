@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -185,7 +186,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(name: str) -> Any:
         raise error
 
-    monkeypatch.setattr("importlib.import_module", fail)
+    monkeypatch.setattr(program, "importlib", SimpleNamespace(import_module=fail))
 
 
 @pytest.mark.parametrize(("package", "extra"), [("torch", "server"), ("onnx", "export"), ("rich.table", "server")])
