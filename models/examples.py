@@ -22,8 +22,8 @@ _DEFAULT_LENGTH: Final = 10
 class Examples:
     """Makes inputs that fit `specs`, the same ones for the same `seed` and arguments.
 
-    Inputs without a range get floats within `default_range` and integers 0 and 1. Dynamic dimensions get `length`, further ones
-    of the same input one more each, so that an exporter does not take two of them for one.
+    Inputs without a range get floats within `default_range` and integers 0 and 1. Dynamic dimensions get `length`,
+    further ones of the same input one more each, so that an exporter does not take two of them for one.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], seed: int = 0, default_range: Range = (-1.0, 1.0)) -> None:

@@ -39,8 +39,9 @@ class _Strict(BaseModel):
 class TensorSpec(_Strict):
     """An input or output. In `shape`, -1 at dimension 0 is the batch, any other -1 a dynamic dimension.
 
-    `range` bounds the values (both ends included), `pad` is the padding value of a token input, `max_length` the
-    largest size of its dynamic dimension.
+    `range` is where the values lie, both ends included: a server refuses whole numbers outside it, which would index
+    past a table, and warns of floats outside it, which the model was not trained on. `pad` is the padding value of a
+    token input, `max_length` the largest size of its dynamic dimension.
     """
 
     name: str = Field(min_length=1)

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from layercast.models import registry
-from layercast.models.export.writer import export_artefact
 from serving import Running, running
 from torch import nn
 
-IMAGE = {"range": None, "pad": None, "max_length": None}
+from layercast.models import registry
+from layercast.models.export.writer import export_artefact
+
 CARDS: dict[str, dict[str, Any]] = {
     "mnist": {
         "architecture": "MNISTClassifier",
-        "inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 1, 28, 28]}],
+        "inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 1, 28, 28], "range": [0, 1]}],
         "labels": [str(digit) for digit in range(10)],
         "preprocessing": {
             "kind": "image", "mode": "L", "width": 28, "height": 28, "scale": 1 / 255, "layout": "CHW", "background": "dark",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+
 from layercast.proto.rpc import FEATURES, INFERENCE
 from layercast.server.lifecycle import Server
 from layercast.server.settings import read

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
+
 from layercast.server.batcher import Batcher, Limits
 from layercast.server.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from layercast.server.work import Rows, Work

@@ -4,6 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
+
 from layercast.server.queue import Queue
 from layercast.server.work import Work
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from layercast.models.manifest import FileEntry, LayerSpec, Manifest, TensorSpec
 from layercast.server.errors import InvalidArgument, ResourceExhausted
 from layercast.server.layers import answer_bytes, check_size, resolve

@@ -7,11 +7,11 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from layercast.models.hooks import registered_hooks
-from layercast.proto.messages import ExtractRequest, ListLayersRequest
+from test_server_inference import INPUTS, assert_answers, offline, request, rows_for, values_of, wait_until
 from torch import nn
 
-from test_server_inference import INPUTS, assert_answers, offline, request, rows_for, values_of, wait_until
+from layercast.models.hooks import registered_hooks
+from layercast.proto.messages import ExtractRequest, ListLayersRequest
 
 EXTRACTED = {"FP32": "<f4", "FP16": "<f2"}
 
@@ -54,7 +54,9 @@ def test_every_layer_equals_an_offline_hook(served, modules, model):
         for number, value in enumerate(calls)
     }
     # The position table's rows belong to no row of the batch, so it is listed as unavailable, with the reason.
-    unavailable = {layer.path for layer in served.call("ListLayers", ListLayersRequest(model_name=model)).layers if layer.reason}
+    unavailable = {
+        layer.path for layer in served.call("ListLayers", ListLayersRequest(model_name=model)).layers if layer.reason
+    }
     assert unavailable == ({"position"} if model == "transformer" else set()) | unavailable - set(flat)
     assert set(got) == set(flat) - unavailable
     for name, value in ((name, flat[name]) for name in got):
@@ -149,7 +151,8 @@ def test_plain_and_tapped_requests_in_one_batch_get_their_own(served, modules):
     served.on_loop(model.batcher.hold)
     with ThreadPoolExecutor(6) as pool:
         calls = [
-            pool.submit(served.call, "ModelInfer", request("mnist", x, names)) for x, names in zip(xs, outputs, strict=True)
+            pool.submit(served.call, "ModelInfer", request("mnist", x, names))
+            for x, names in zip(xs, outputs, strict=True)
         ]
         wait_until(served, lambda: model.batcher.queued_rows == 6)
         served.on_loop(model.batcher.release)
@@ -171,7 +174,9 @@ def test_sixty_four_threads_never_see_each_others_layers(served, modules):
     wanted = [hooked(modules["mnist"], x)[layers[i % 4]][0] for i, x in enumerate(xs)]
     with ThreadPoolExecutor(64) as pool:
         answers = list(
-            pool.map(lambda i: served.call("ModelInfer", request("mnist", xs[i], [f"layer:{layers[i % 4]}"])), range(192))
+            pool.map(
+                lambda i: served.call("ModelInfer", request("mnist", xs[i], [f"layer:{layers[i % 4]}"])), range(192)
+            )
         )
     for answer, value in zip(answers, wanted, strict=True):
         np.testing.assert_allclose(values_of(answer), value, atol=1e-5)

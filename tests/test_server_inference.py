@@ -10,6 +10,8 @@ import pytest
 import torch
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from google.rpc.status_pb2 import Status
+from serving import Running, running
+
 from layercast.proto.messages import (
     ModelConfigRequest,
     ModelInferRequest,
@@ -22,8 +24,6 @@ from layercast.proto.messages import (
     ServerMetadataRequest,
     ServerReadyRequest,
 )
-
-from serving import Running, running
 
 RNG = np.random.default_rng(0)
 INPUTS = {"mnist": "image", "resnet": "image", "transformer": "tokens", "shared": "x"}
@@ -234,6 +234,18 @@ def test_tokens_out_of_range_and_too_long_texts_are_refused(served, modules):
         with pytest.raises(grpc.RpcError, match=message):
             served.call("ModelInfer", request("transformer", tokens))
     assert_answers(served, modules)
+
+
+def test_floats_outside_the_trained_range_are_answered_with_a_warning(served, modules):
+    x = rows_for("mnist", 2)
+    assert "warning" not in served.call("ModelInfer", request("mnist", x)).parameters
+    response = served.call("ModelInfer", request("mnist", x * 255))
+    assert "'image': want values from 0 to 1, got" in response.parameters["warning"].string_param
+    np.testing.assert_allclose(values_of(response), offline(modules["mnist"], x * 255), atol=1e-3, rtol=1e-4)
+    x[0, 0, 0, 0] = np.nan
+    response = served.call("ModelInfer", request("mnist", x))
+    assert "got nan" in response.parameters["warning"].string_param
+    np.testing.assert_allclose(values_of(response), offline(modules["mnist"], x), atol=1e-4, equal_nan=True)
 
 
 def test_unknown_rpcs_and_unoffered_ones_are_unimplemented(served, modules):

@@ -13,12 +13,12 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from layercast.proto.messages import ModelReadyRequest, RepositoryIndexRequest, ServerReadyRequest
-from layercast.server.errors import StartError
 from prometheus_client.parser import text_string_to_metric_families
 from serving import running
-
 from test_server_inference import offline, request, rows_for, values_of
+
+from layercast.proto.messages import ModelReadyRequest, RepositoryIndexRequest, ServerReadyRequest
+from layercast.server.errors import StartError
 
 
 def get(url: str) -> str:
@@ -61,9 +61,16 @@ def test_metrics_count_exactly(fresh, modules):
     assert value(found, "layercast_requests_total", kind="predict", code="OK", **own) == len(sizes)
     assert value(found, "layercast_requests_total", kind="predict", code="INVALID_ARGUMENT", **own) == 1
     assert value(found, "layercast_requests_total", kind="features", code="OK", **own) == 1
-    assert value(found, "layercast_requests_total", kind="predict", code="NOT_FOUND", model="(unknown)", version="(unknown)") == 1
+    assert (
+        value(
+            found, "layercast_requests_total", kind="predict", code="NOT_FOUND", model="(unknown)", version="(unknown)"
+        )
+        == 1
+    )
     assert value(found, "layercast_feature_taps_total", **own) == 2
-    batches = sum(v for (name, labels), v in found.items() if name == "layercast_batches_total" and ("model", "mnist") in labels)
+    batches = sum(
+        v for (name, labels), v in found.items() if name == "layercast_batches_total" and ("model", "mnist") in labels
+    )
     assert value(found, "layercast_batch_rows_count", **own) == batches <= len(sizes) + 1
     assert value(found, "layercast_batch_rows_sum", **own) == sum(sizes) + 2
     assert value(found, "layercast_compute_duration_seconds_count", device="cpu", **own) == batches
@@ -98,7 +105,9 @@ def test_http_answers_probes_and_scrapes(fresh):
     assert "mnist 1: READY" in get(f"{fresh.http}/")
     with pytest.raises(HTTPError, match="404"):
         get(f"{fresh.http}/v3")
-    request_om = urllib.request.Request(fresh.metrics, headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    request_om = urllib.request.Request(
+        fresh.metrics, headers={"accept": "application/openmetrics-text; version=1.0.0"}
+    )
     with urllib.request.urlopen(request_om, timeout=10) as response:
         assert response.headers["content-type"].startswith("application/openmetrics-text")
         assert response.read().endswith(b"# EOF\n")
@@ -149,7 +158,10 @@ BROKEN = {
     "a missing file": (lambda v: (v / "model.ts").unlink(), "model.ts"),
     "a future schema": (lambda v: edit(v / "manifest.json", lambda m: m.update(schema_version=2)), "schema_version"),
     "no JSON": (lambda v: (v / "manifest.json").write_text("{"), "not JSON"),
-    "another architecture": (lambda v: edit(v / "manifest.json", lambda m: m.update(architecture="MLP")), "MLP|weights"),
+    "another architecture": (
+        lambda v: edit(v / "manifest.json", lambda m: m.update(architecture="MLP")),
+        "MLP|weights",
+    ),
     "another name": (lambda v: edit(v / "manifest.json", lambda m: m.update(name="other")), "'other'"),
 }
 

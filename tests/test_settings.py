@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from layercast.server.errors import StartError
 from layercast.server.settings import default_cache, read
 

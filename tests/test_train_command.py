@@ -147,7 +147,8 @@ class FakeDatasets:
 def test_digits_stand_in_for_mnist_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(digits.importlib, "import_module", lambda name: FakeDatasets)
+    monkeypatch.setitem(sys.modules, "sklearn", FakeDatasets)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", FakeDatasets)
     data = digits.load_digits("mnist")
     assert data.train_inputs.shape == (40, 1, 28, 28)
     assert data.test_inputs.shape == (10, 1, 28, 28)

@@ -1,5 +1,6 @@
 """The zoo's text classifier: a transformer encoder over the bytes of a text."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,15 @@ from layercast.models.layers.checks import positive, probability, recording
 
 PADDING = 256
 """Token id of padding; ids 0 to 255 are the bytes of the text."""
+
+_EMBEDDING_SCALE = 0.02
+
+
+def _sinusoids(length: int, size: int) -> Tensor:
+    """Return sines and cosines of position over wavelengths from 2π to 10000·2π, [length, size]."""
+    rates = torch.exp(torch.arange(0, size, 2) * (-math.log(10_000.0) / size))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :size]
 
 
 class TransformerEncoder(nn.Module):
@@ -50,11 +60,15 @@ class TransformerEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Small normal embeddings, as BERT's (Devlin et al. 2018): torch's unit normal drowns the residual stream."""
-        nn.init.normal_(self.token.weight, std=0.02)
-        nn.init.normal_(self.position.weight, std=0.02)
+        """Draw small normal token embeddings, as BERT's (Devlin et al. 2018): torch's unit normal drowns the residuals.
+
+        Positions start as small sinusoids (Vaswani et al. 2017) and are learned from there: with little data, places
+        that few texts reach keep a sensible value.
+        """
+        nn.init.normal_(self.token.weight, std=_EMBEDDING_SCALE)
         with torch.no_grad():
             self.token.weight[PADDING].zero_()
+            self.position.weight.copy_(_EMBEDDING_SCALE * _sinusoids(*self.position.weight.shape))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return unnormalised class scores. Raises ValueError for more tokens than `max_length`."""

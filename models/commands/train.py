@@ -78,7 +78,7 @@ def _train(args: argparse.Namespace, saved: Path) -> int:
         trained = loop.train(recipe, data, options, progress.step, progress.epoch)
     predicted = loop.evaluate(recipe, trained.model, data.test_inputs, options.device).argmax(dim=1)
     measured = figures(confusion_matrix(predicted, data.test_targets, len(data.labels)), data.labels)
-    card.write(saved.parent, recipe, data, trained.model, measured, trained.history)
+    card.write(saved.parent, recipe, data, trained.model, measured, trained.history, options.precision)
     print(
         f"best epoch {loop.best_epoch(trained.history) + 1}, test accuracy {measured['accuracy']:.2%}; "
         f"wrote weights, card, curves and figures to {saved.parent}"

@@ -18,16 +18,24 @@ from layercast.models.training.recipes import Recipe
 
 
 def write(
-    directory: Path, recipe: Recipe, data: Dataset, model: nn.Module, measured: dict[str, Any], history: list[Epoch]
+    directory: Path,
+    recipe: Recipe,
+    data: Dataset,
+    model: nn.Module,
+    measured: dict[str, Any],
+    history: list[Epoch],
+    precision: torch.dtype = torch.float32,
 ) -> None:
     """Write the trained model into `directory`, every file whole or not at all.
 
     `weights.safetensors`, `card.json` and `card.md`, `history.json` (the figures of every epoch), `curves.png` and
-    `confusion.png`. `measured` are the test figures, as `measure.figures` gives them.
+    `confusion.png`. `measured` are the test figures, as `measure.figures` gives them; `precision` is what forward and
+    backward were computed in.
     """
     directory.mkdir(parents=True, exist_ok=True)
     plain = model.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing from torch's stubs
     card = _card(recipe, data, model, measured, history)
+    card["training"]["precision"] = str(precision).removeprefix("torch.")
     epochs = [{**asdict(epoch), "epoch": epoch.epoch + 1} for epoch in history]
     writers: dict[str, Callable[[Path], object]] = {
         "weights.safetensors": lambda path: save_model(plain, str(path)),

@@ -114,7 +114,7 @@ class Recipe:
             "ResNetLike": ("image", [-1, 3, 32, 32]),
         }
         name, shape = shapes[self.architecture]
-        return {"name": name, "datatype": "FP32", "shape": shape, "range": None, "pad": None, "max_length": None}
+        return {"name": name, "datatype": "FP32", "shape": shape, "range": [0, 1], "pad": None, "max_length": None}
 
 
 _DIGITS: dict[str, Any] = {
@@ -150,16 +150,16 @@ RECIPES = {
             architecture="ResNetLike",
             data="cifar10",
             augment="photos",
-            epochs=30,
-            batch_size=128,
-            learning_rate=0.2,
+            epochs=36,
+            batch_size=64,
+            learning_rate=0.1,
             optimiser="sgd",
             weight_decay=5e-4,
             label_smoothing=0.1,
             warmup_epochs=2.0,
             gradient_clip=5.0,
             validation=0.02,
-            crop_sizes=((0.55, 24), (0.85, 28)),
+            crop_sizes=((0.45, 24),),
         ),
         Recipe(
             name="transformer",
@@ -167,9 +167,9 @@ RECIPES = {
             architecture="TransformerEncoder",
             data="sms_spam",
             augment="text",
-            epochs=60,
-            batch_size=64,
-            learning_rate=2e-3,
+            epochs=12,
+            batch_size=32,
+            learning_rate=1e-3,
             optimiser="adamw",
             weight_decay=0.05,
             arguments={
@@ -180,7 +180,7 @@ RECIPES = {
                 "num_blocks": 2,
                 "dropout": 0.1,
             },
-            warmup_epochs=4.0,
+            warmup_epochs=1.0,
             validation=0.1,
         ),
     )

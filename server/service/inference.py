@@ -42,7 +42,7 @@ from layercast.server.monitor import Duration, Kind, Statistics
 from layercast.server.repository import Repository
 from layercast.server.service.answering import Answered, Answering
 from layercast.server.service.call import Call
-from layercast.server.service.requests import check_inputs, resolve_outputs
+from layercast.server.service.requests import check_inputs, resolve_outputs, warnings
 
 EXTENSIONS = (
     "binary_tensor_data",
@@ -151,7 +151,10 @@ class InferenceService:
             timer.decoded()
             answered = await self._answering.run(model, inputs, rows, wanted, call)
             timer.ran(answered)
-            return _response(request, model, answered)
+            response = _response(request, model, answered)
+            if warning := warnings(model.manifest, inputs):
+                response.parameters["warning"].string_param = warning
+            return response
 
 
 def _response(request: ModelInferRequest, model: ServedModel, answered: Answered) -> ModelInferResponse:

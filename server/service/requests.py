@@ -69,13 +69,25 @@ def _check_input(spec: TensorSpec, array: Array, datatype: str, field: str) -> N
         )
     if array.size and 0 in array.shape[1:]:
         raise InvalidArgument(f"input {spec.name!r}: a dimension besides the batch is 0", field=f"{field}.shape")
-    if spec.range is not None and array.size:
-        low, high = array.min(), array.max()
-        if low < spec.range[0] or high > spec.range[1]:
-            raise InvalidArgument(
-                f"input {spec.name!r}: want values from {spec.range[0]:g} to {spec.range[1]:g}, got {low} to {high}",
-                field=field,
-            )
+    if array.dtype.kind in "iu" and (outside := _outside(spec, array)):
+        raise InvalidArgument(outside, field=field)
+
+
+def warnings(manifest: Manifest, inputs: Mapping[str, Array]) -> str:
+    """Return what a caller should know of checked inputs: floats outside the range that the model was trained on."""
+    found = (_outside(spec, inputs[spec.name]) for spec in manifest.inputs if inputs[spec.name].dtype.kind == "f")
+    return "; ".join(text for text in found if text)
+
+
+def _outside(spec: TensorSpec, array: Array) -> str:
+    """Return what is wrong with values outside the input's range, or "" when there are none."""
+    if spec.range is None or not array.size:
+        return ""
+    low, high = array.min(), array.max()
+    # Written so that NaN, which compares to nothing, counts as outside.
+    if low >= spec.range[0] and high <= spec.range[1]:
+        return ""
+    return f"input {spec.name!r}: want values from {spec.range[0]:g} to {spec.range[1]:g}, got {low:g} to {high:g}"
 
 
 def _fits(want: Sequence[int], got: Sequence[int]) -> bool:
