@@ -90,7 +90,10 @@ class Server:
     def _root(self) -> Path:
         if self._settings.repository is not None:
             return self._settings.repository
-        return zoo.ensure_exported(self._settings.cache, report=_say)
+        try:
+            return zoo.ensure_exported(self._settings.cache, report=_say)
+        except zoo.ZooError as error:
+            raise StartError(f"{error} (--cache)") from error
 
     def _model_changed(self, name: str, ready: bool) -> None:
         task = asyncio.create_task(self._grpc.set_health([f"model/{name}"], ready))

@@ -93,16 +93,17 @@ def _export(missing: Sequence[str], repository: Path, zoo: Path, report: Callabl
     command = [sys.executable, "-m", "layercast.models.commands.export", *missing, "--output", str(repository)]
     command += ["--version", str(VERSION), "--zoo", str(zoo), "--keep"]
     last: list[str] = []
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    try:
-        assert child.stdout is not None
-        for line in map(str.rstrip, child.stdout):
-            report(line)
-            last = [*last, line][-_KEPT_LINES:]
-        child.wait()
-    finally:
-        child.kill()
-        child.wait()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as child:
+        try:
+            assert child.stdout is not None
+            for line in map(str.rstrip, child.stdout):
+                report(line)
+                last = [*last, line][-_KEPT_LINES:]
+            child.wait()
+        finally:
+            child.kill()
     return last
 
 
