@@ -24,6 +24,13 @@ signal.pause()
 """
 
 
+@pytest.fixture(autouse=True)
+def no_outer_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test` hands its own level and flags down, which would change what an inner make prints."""
+    for name in [name for name in os.environ if name.startswith(("MAKE", "MFLAGS"))]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "Makefile", tmp_path)
@@ -36,9 +43,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> str:
-    # MAKEFLAGS of an outer `make test` would otherwise change what is printed.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    return subprocess.run(["make", *arguments], cwd=cwd, env=environ, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, check=True).stdout
 
 
 def test_make_alone_lists_every_target() -> None:
