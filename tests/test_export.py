@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from conftest import card_of
@@ -14,6 +13,7 @@ from layercast.models.export.checks import ExportError
 from layercast.models.export.writer import export_artefact
 from layercast.models.hooks import registered_hooks
 from layercast.models.manifest import Manifest, ManifestError
+from layercast.models.onnx_runtime import onnxruntime
 
 
 @pytest.mark.parametrize("name", ["mnist", "resnet", "transformer", "shared"])

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from layercast.models.artefact import to_numpy
 from layercast.models.examples import KINDS, Examples, Kind
 from layercast.models.export.checks import ExportError
 from layercast.models.export.positional import named_outputs
+from layercast.models.onnx_runtime import onnxruntime
 
 BATCHES: Final = (1, 2, 5, 32)
 LIMIT: Final = 1e-4

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import onnxruntime
 import torch
 
 from layercast.models.manifest import Manifest
+from layercast.models.onnx_runtime import onnxruntime
 from layercast.server.engines.base import EngineError, Inputs, Outputs
 
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
