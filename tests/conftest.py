@@ -1,5 +1,6 @@
 """Fixtures that many tests share; the expensive ones are made once a session."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from torch import nn
 
 from layercast.models import registry
 from layercast.models.export.writer import export_artefact
+
+# A shell that starts the tests in the background makes them, and every process they start, ignore Ctrl-C, which some
+# of them send. A handler of our own is back to the default in a child.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CARDS: dict[str, dict[str, Any]] = {
     "mnist": {

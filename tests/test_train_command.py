@@ -114,7 +114,10 @@ def test_an_output_that_cannot_be_written_exits_with_1(tmp_path: Path, capsys: p
 
 def test_ctrl_c_exits_with_130_and_keeps_the_last_good_checkpoint(tmp_path: Path):
     data, saved = write_mnist(tmp_path, rows=400), tmp_path / "out" / "mnist" / "checkpoint.pt"
-    command = [sys.executable, "-m", "layercast.client.main", "train", "mnist", "--data", str(data)]
+    # A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that.
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "from layercast.client.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "train", "mnist", "--data", str(data)]
     command += ["--output", str(tmp_path / "out"), "--epochs", "5000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None

@@ -167,11 +167,12 @@ RECIPES = {
             architecture="TransformerEncoder",
             data="sms_spam",
             augment="text",
-            epochs=12,
+            epochs=14,
             batch_size=32,
             learning_rate=1e-3,
             optimiser="adamw",
             weight_decay=0.05,
+            label_smoothing=0.05,
             arguments={
                 "max_length": 192,
                 "embed_dim": 64,
