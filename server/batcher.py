@@ -92,10 +92,12 @@ class Batcher:
         """
         self._admit(works)
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(deadline) as timeout:
                 return [await work.future for work in works]
         except TimeoutError:
             self._withdraw(works)
+            if not timeout.expired():  # the model's own
+                raise
             self._observer.rejected("deadline")
             raise DeadlineExceeded(
                 "the deadline passed before the answer; allow more time or send fewer rows"
@@ -243,7 +245,11 @@ class Batcher:
 
     def _timed(self, works: list[Work]) -> tuple[Sequence[Rows], int]:
         start = time.perf_counter_ns()
-        rows = self._run(works)
+        try:
+            rows = self._run(works)
+        except (StopIteration, asyncio.CancelledError) as error:
+            # A future takes neither for a result: the first would never arrive, the second would end the loop.
+            raise RuntimeError(f"the model raised {type(error).__name__}") from error
         compute_ns = time.perf_counter_ns() - start
         if len(rows) != len(works):
             raise ValueError(f"this is a bug: {len(works)} works ran and {len(rows)} results came back")

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from layercast.models.layer_names import match_layers, nearest
 from layercast.models.manifest import LayerSpec, Manifest
 from layercast.models.reducers import REDUCERS, ReducerError, reduced_shape, split_tap
+from layercast.proto.codec import quoted
 from layercast.server.errors import InvalidArgument, ResourceExhausted
 from layercast.server.work import Tap
 
+MAX_PATTERNS = 256
+_ENVELOPE = 64 << 10  # names, shapes and parameters beside the values
+MAX_PATTERN_LENGTH = 256
 PREFIX = "layer:"
 """An output of this prefix names a layer, not an output of the model."""
 
@@ -34,7 +38,16 @@ def resolve(manifest: Manifest, patterns: Sequence[str], field: str) -> list[Ask
     unknown reducer. `field` is the path of the patterns in the request; `{}` in it stands for the position.
     """
     found: dict[Tap, Asked] = {}
+    if len(patterns) > MAX_PATTERNS:
+        raise InvalidArgument(
+            f"{len(patterns)} layers are asked for, at most {MAX_PATTERNS} may be", field=field.format(0)
+        )
     for position, pattern in enumerate(patterns):
+        if len(pattern) > MAX_PATTERN_LENGTH:
+            raise InvalidArgument(
+                f"a layer pattern of {len(pattern)} characters; at most {MAX_PATTERN_LENGTH} may be",
+                field=field.format(position),
+            )
         for tap in _taps(manifest, pattern, field.format(position)):
             suffix = "" if tap.reducer == "none" else f"@{tap.reducer}"
             found.setdefault(tap, Asked(f"{tap.layer}{suffix}", tap))
@@ -47,12 +60,12 @@ def _taps(manifest: Manifest, pattern: str, field: str) -> list[Tap]:
         known = [layer.path for layer in manifest.layers]
         names = set(match_layers(glob, known))
     except ReducerError as error:
-        raise InvalidArgument(f"layer {pattern!r}: {error}", field=field) from error
+        raise InvalidArgument(f"layer {quoted(pattern)}: {str(error)[:512]}", field=field) from error
     except ValueError as error:
-        raise InvalidArgument(f"layer {pattern!r}: {error}", field=field) from error
+        raise InvalidArgument(f"layer {quoted(pattern)}: {str(error)[:512]}", field=field) from error
     if not names:
         hint = nearest(glob, known) or "; ListLayers names them all"
-        raise InvalidArgument(f"model {manifest.name!r} has no layer {glob!r}{hint}", field=field)
+        raise InvalidArgument(f"model {manifest.name!r} has no layer {quoted(glob)}{hint}", field=field)
     layers = [layer for layer in manifest.layers if layer.path in names]
     available = [layer for layer in layers if layer.available]
     if not available:
@@ -91,12 +104,18 @@ def reduced_datatype(layer: LayerSpec, tap: Tap) -> str:
     return datatype
 
 
-def check_size(manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None, limit: int) -> None:
-    """Raise ResourceExhausted, before anything is allocated, when the taps' values would not fit into a message."""
-    size = answer_bytes(manifest, taps, rows, length)
+def check_size(
+    manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None, limit: int, outputs: Sequence[str] = ()
+) -> None:
+    """Raise ResourceExhausted, before anything is allocated, when the values asked for would not fit into a message."""
+    size = answer_bytes(manifest, taps, rows, length) + _ENVELOPE
+    for spec in manifest.outputs:
+        if spec.name in outputs:
+            shape = [rows, *((length or 1) if size == -1 else size for size in spec.shape[1:])]
+            size += math.prod(shape) * _ITEM_SIZES.get(spec.datatype, 1)
     if size > limit:
         raise ResourceExhausted(
-            f"the layers asked for take {size:,} bytes for {rows} rows, an answer holds {limit:,}; "
+            f"the values asked for take {size:,} bytes for {rows} rows, an answer holds {limit:,}; "
             f"send fewer rows, fewer layers, or reduce on the server ({', '.join(REDUCERS[1:4])})"
         )
 

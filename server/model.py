@@ -41,18 +41,23 @@ class ServedModel:
         """Run `rows` rows and return the answers in order: one, or one a part where they exceed the largest batch."""
         most = self.batcher.limits.max_batch
         future = self.batcher.future
+        # Padding that comes from a neighbour would change the shape of a layer's values, and some reducers' results.
+        exact = bool(taps) or any(spec.dynamic_dimensions() for spec in self.manifest.outputs)
         works = [
-            Work(part, count, self._key(part), future(), taps, predict, deadline)
+            Work(part, count, self._key(part, exact), future(), taps, predict, deadline)
             for part, count in _parts(inputs, rows, most)
         ]
         return await self.batcher.submit(works, deadline)
 
-    def _key(self, inputs: Mapping[str, Array]) -> Hashable:
-        """Return what must be equal for rows to share a forward; lengths of padded inputs only roughly."""
+    def _key(self, inputs: Mapping[str, Array], exact: bool) -> Hashable:
+        """Return what must be equal for rows to share a forward; token counts only roughly, unless `exact`.
+
+        An exact count that meets a rough one is the bucket's largest, so its rows get no padding there either.
+        """
         key = []
         for spec in self.manifest.inputs:
             shape = inputs[spec.name].shape[1:]
-            key.append((_bucket(shape[0]), *shape[1:]) if spec.pad is not None else shape)
+            key.append((_bucket(shape[0]), *shape[1:]) if spec.pad is not None and not exact else shape)
         return tuple(key)
 
 

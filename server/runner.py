@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from layercast.models.manifest import Manifest, TensorSpec
+from layercast.models.manifest import Manifest
 from layercast.server.engines.base import Engine, Inputs
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import ModelFailed
@@ -16,7 +16,6 @@ class Runner:
 
     def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine) -> None:
         self._manifest = manifest
-        self._layers = {layer.path: layer for layer in manifest.layers}
         self.fast = fast
         self.eager = eager
 
@@ -31,7 +30,7 @@ class Runner:
             outputs, features = self.fast.run(inputs), {}
         for name, array in (*outputs.items(), *((tap.layer, array) for tap, array in features.items())):
             _check_rows(name, array, rows)
-        return self._split(works, outputs, features, _padded_length(inputs, self._manifest.inputs))
+        return _split(works, outputs, features)
 
     def _join(self, works: Sequence[Work]) -> Inputs:
         if len(works) == 1:
@@ -41,28 +40,15 @@ class Runner:
             for spec in self._manifest.inputs
         }
 
-    def _split(
-        self, works: Sequence[Work], outputs: dict[str, Array], features: dict[Tap, Array], padded: int | None
-    ) -> list[Rows]:
-        answers, start = [], 0
-        for work in works:
-            own = slice(start, start + work.rows)
-            start += work.rows
-            length = _padded_length(work.inputs, self._manifest.inputs)
-            taken = {tap: self._cut(tap, features[tap][own], length, padded) for tap in work.taps}
-            answers.append(Rows({name: array[own] for name, array in outputs.items()} if work.predict else {}, taken))
-        return answers
 
-    def _cut(self, tap: Tap, values: Array, length: int | None, padded: int | None) -> Array:
-        """Take the padding that other rows of the batch made necessary off a layer's dynamic dimensions."""
-        if length == padded or tap.reducer not in ("none", "fp16"):
-            return values
-        shape = self._layers[tap.layer].shape
-        cut = tuple(
-            slice(length) if at and size == -1 and values.shape[at] == padded else slice(None)
-            for at, size in enumerate(shape)
-        )
-        return values[cut]
+def _split(works: Sequence[Work], outputs: dict[str, Array], features: dict[Tap, Array]) -> list[Rows]:
+    answers, start = [], 0
+    for work in works:
+        own = slice(start, start + work.rows)
+        start += work.rows
+        taken = {tap: features[tap][own] for tap in work.taps}
+        answers.append(Rows({name: array[own] for name, array in outputs.items()} if work.predict else {}, taken))
+    return answers
 
 
 def _concatenate(arrays: list[Array], pad: int | None) -> Array:
@@ -70,11 +56,6 @@ def _concatenate(arrays: list[Array], pad: int | None) -> Array:
         longest = max(array.shape[1] for array in arrays)
         arrays = [np.pad(a, ((0, 0), (0, longest - a.shape[1])), constant_values=pad) for a in arrays]
     return np.concatenate(arrays)
-
-
-def _padded_length(inputs: Inputs, specs: Sequence[TensorSpec]) -> int | None:
-    """Return the token dimension's size, or None for a model that takes no padded input."""
-    return next((inputs[spec.name].shape[1] for spec in specs if spec.pad is not None), None)
 
 
 def _check_rows(name: str, array: Array, rows: int) -> None:

@@ -262,6 +262,22 @@ async def test_a_run_that_loses_a_result_fails_and_the_next_batch_is_fine():
         assert await ask(batcher, 2) == [-2]
 
 
+@pytest.mark.parametrize("error", [StopIteration, asyncio.CancelledError, TimeoutError])
+async def test_an_exception_that_means_something_to_asyncio_is_the_models_own(error):
+    calls = []
+
+    def strange(works: Sequence[Work]) -> list[Rows]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise error
+        return negate(works)
+
+    async with batching(strange) as (batcher, _), asyncio.timeout(10):
+        with pytest.raises(TimeoutError if error is TimeoutError else RuntimeError):
+            await ask(batcher, 1)
+        assert await ask(batcher, 2) == [-2]
+
+
 async def test_draining_answers_what_was_admitted_and_refuses_the_rest():
     async with batching(delay=LONG) as (batcher, recorder):
         asked = [asyncio.create_task(ask(batcher, i)) for i in range(6)]

@@ -124,9 +124,19 @@ def test_sizes_are_known_before_anything_runs():
     assert answer_bytes(MANIFEST, [Tap("stem")], 3, None) == 3 * 8 * 4 * 4 * 4
     assert answer_bytes(MANIFEST, [Tap("stem", "mean")], 3, None) == 3 * 8 * 4
     assert answer_bytes(MANIFEST, [Tap("blocks.0"), Tap("blocks.1", "mean@fp16")], 3, 5) == 3 * 5 * 16 * 4 + 3 * 16 * 2
-    check_size(MANIFEST, [Tap("stem")], 3, None, limit=1536)
-    with pytest.raises(ResourceExhausted, match="1,536 bytes for 3 rows, an answer holds 1,535"):
-        check_size(MANIFEST, [Tap("stem")], 3, None, limit=1535)
+    check_size(MANIFEST, [Tap("stem")], 3, None, limit=1536 + 65536)
+    with pytest.raises(ResourceExhausted, match="67,072 bytes for 3 rows, an answer holds 67,071"):
+        check_size(MANIFEST, [Tap("stem")], 3, None, limit=67071)
+    with pytest.raises(ResourceExhausted, match="67,096 bytes"):
+        check_size(MANIFEST, [Tap("stem")], 3, None, limit=67_072, outputs=["logits"])
+
+
+def test_patterns_are_bounded_and_many_stars_cost_nothing():
+    for names in (["layer:stem"] * 257, ["layer:" + "*" * 300]):
+        with pytest.raises(InvalidArgument, match="at most 256"):
+            resolve_outputs(MANIFEST, names)
+    with pytest.raises(InvalidArgument, match="no layer"):
+        resolve_outputs(MANIFEST, ["layer:" + "*b" * 60 + "x"])
 
 
 def test_the_token_dimension_is_found():

@@ -120,6 +120,24 @@ def test_token_reducers_leave_padding_out(served, modules):
     np.testing.assert_allclose(got["blocks.1@last"], inside[:, 14], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "tap", ["blocks.0@flatten", "blocks.0@norm", "blocks.0.attn.weights@mean", "blocks.0@none@fp16"]
+)
+def test_a_neighbour_of_another_length_changes_no_layer(served, tap):
+    model = served.server.repository.find("transformer", "")
+    xs = [rows_for("transformer", 1, length) for length in (10, 16)]
+    alone = [arrays(extract(served, "transformer", x, [tap]).layers)[tap] for x in xs]
+    served.on_loop(model.batcher.hold)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(extract, served, "transformer", x, [tap]) for x in xs]
+        wait_until(served, lambda: model.batcher.queued_rows == 2)
+        served.on_loop(model.batcher.release)
+        for call, wanted in zip(calls, alone, strict=True):
+            got = arrays(call.result().layers)[tap]
+            assert got.shape == wanted.shape
+            np.testing.assert_allclose(got, wanted, atol=1e-3)
+
+
 def test_attention_maps_are_layers_too(served):
     x = rows_for("transformer", 2, 12)
     got = arrays(extract(served, "transformer", x, ["blocks.0.attn.weights"]).layers)["blocks.0.attn.weights"]

@@ -107,8 +107,7 @@ class Answering:
         """Run the rows and return what was asked for, after checking that it fits into a message."""
         manifest = model.manifest
         taps = tuple(dict.fromkeys(asked.tap for asked in wanted.layers))
-        if taps:
-            check_size(manifest, taps, rows, token_length(manifest, inputs), self._max_bytes)
+        check_size(manifest, taps, rows, token_length(manifest, inputs), self._max_bytes, wanted.outputs)
         if rows == 0:
             return Answered(_named(manifest, wanted, [_empty(manifest, taps)]), 0, 0, 0)
         answers = await model.run(inputs, rows, taps, bool(wanted.outputs), call.deadline)

@@ -11,7 +11,7 @@ from layercast.proto.messages import (
     Timing,
 )
 from layercast.server.errors import InvalidArgument
-from layercast.server.layers import resolve
+from layercast.server.layers import MAX_PATTERN_LENGTH, resolve
 from layercast.server.repository import Repository
 from layercast.server.service.answering import Answering
 from layercast.server.service.call import Call
@@ -29,6 +29,8 @@ class FeatureService:
         """The model's layers that a glob selects ("" for all), in the order in which they run."""
         model = self._repository.find(request.model_name, request.model_version)
         layers = model.manifest.layers
+        if len(request.pattern) > MAX_PATTERN_LENGTH:
+            raise InvalidArgument(f"the pattern is longer than {MAX_PATTERN_LENGTH} characters", field="pattern")
         if request.pattern:
             names = set(match_layers(request.pattern, [layer.path for layer in layers]))
             if not names:

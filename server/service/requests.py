@@ -8,7 +8,7 @@ import numpy as np
 from layercast.models.manifest import Manifest, TensorSpec
 from layercast.proto.codec import quoted
 from layercast.server.errors import InvalidArgument
-from layercast.server.layers import PREFIX, Asked, near, resolve
+from layercast.server.layers import MAX_PATTERNS, PREFIX, Asked, near, resolve
 from layercast.server.work import Array
 
 
@@ -110,6 +110,8 @@ def resolve_outputs(manifest: Manifest, names: Sequence[str]) -> Wanted:
     known = [spec.name for spec in manifest.outputs]
     if not names:
         return Wanted(tuple(known), (), tuple(known))
+    if len(names) > MAX_PATTERNS:
+        raise InvalidArgument(f"{len(names)} outputs are asked for, at most {MAX_PATTERNS} may be", field="outputs")
     outputs: list[str] = []
     layers: list[Asked] = []
     order: list[str] = []
