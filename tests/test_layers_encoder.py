@@ -129,8 +129,9 @@ def test_fully_masked_row_has_finite_gradients(norm_first: bool) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
 
 
-def test_dropout_acts_at_all_four_places_and_in_training_only() -> None:
-    block = TransformerEncoderBlock(D, H, FF, dropout=0.3)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_dropout_acts_at_all_four_places_and_in_training_only(norm_first: bool) -> None:
+    block = TransformerEncoderBlock(D, H, FF, 0.3, norm_first)
     assert [name for name, module in block.named_modules() if isinstance(module, nn.Dropout) and module.p == 0.3] == [
         "attn.dropout",
         "attn_dropout",

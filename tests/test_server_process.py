@@ -126,6 +126,7 @@ def test_a_port_in_use_is_one_clear_line(repository, option):
             server.read_until(rf"layercast serve: .*port {port} on 127\.0\.0\.1 is in use.*{option}")
             assert "Traceback" not in server.rest()
             assert server.popen.returncode == 1
+            assert not [line for line in server.lines if "add_port" in line]
 
 
 def test_a_second_server_on_the_ports_of_a_running_one_is_refused_and_the_first_goes_on(repository, modules):

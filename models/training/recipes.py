@@ -167,12 +167,11 @@ RECIPES = {
             architecture="TransformerEncoder",
             data="sms_spam",
             augment="text",
-            epochs=14,
+            epochs=12,
             batch_size=32,
             learning_rate=1e-3,
             optimiser="adamw",
             weight_decay=0.05,
-            label_smoothing=0.05,
             arguments={
                 "max_length": 192,
                 "embed_dim": 64,

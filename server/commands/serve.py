@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import sys
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -29,8 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until stopped; 0 after a drain, 1 when the server can't start."""
-    # grpc's own log lines are for its developers; set before it is imported, unless the user wants them.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from layercast.server import environment, logs
     from layercast.server.errors import StartError
     from layercast.server.settings import Settings, read

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -54,8 +55,12 @@ class GrpcFrontEnd:
         """Listen on `host:port` and return the port; StartError when it is in use."""
         target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
+            # Tried with a plain socket first: grpc writes lines of its own to standard error when it can't listen.
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
             return self._server.add_insecure_port(target)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise StartError(port_in_use("gRPC", host, port, "--grpc-port")) from error
 
     async def start(self) -> None:
