@@ -5,6 +5,7 @@ Reading one needs no torch, so that clients, repositories and deployment tools c
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Self
 
@@ -148,6 +149,11 @@ class Manifest(_Strict):
             if name not in self.files:
                 raise ValueError(f"files: {name!r} is used but not listed")
         return self
+
+    @cached_property
+    def layers_by_path(self) -> dict[str, LayerSpec]:
+        """The layer index by path."""
+        return {layer.path: layer for layer in self.layers}
 
     @classmethod
     def read(cls, directory: Path | str) -> "Manifest":

@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from layercast.models.layer_names import match_layers, nearest
 from layercast.models.manifest import LayerSpec, Manifest
 from layercast.models.reducers import REDUCERS, ReducerError, reduced_shape, split_tap
-from layercast.proto.codec import quoted
+from layercast.proto.codec import DATATYPES, quoted
 from layercast.server.errors import InvalidArgument, ResourceExhausted
 from layercast.server.work import Tap
 
 MAX_PATTERNS = 256
-_ENVELOPE = 64 << 10  # names, shapes and parameters beside the values
 MAX_PATTERN_LENGTH = 256
 PREFIX = "layer:"
 """An output of this prefix names a layer, not an output of the model."""
 
+_ENVELOPE = 64 << 10  # names, shapes and parameters beside the values
 _FLOATS = ("FP16", "BF16", "FP32", "FP64")
-_ITEM_SIZES = {"BOOL": 1, "INT8": 1, "UINT8": 1, "INT16": 2, "UINT16": 2, "FP16": 2, "BF16": 2, "INT32": 4, "UINT32": 4,
-              "FP32": 4, "INT64": 8, "UINT64": 8, "FP64": 8}  # fmt: skip
+_ITEM_SIZES = {name: dtype.itemsize for name, dtype in DATATYPES.items() if dtype.kind != "O"} | {"BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,11 @@ def resolve(manifest: Manifest, patterns: Sequence[str], field: str) -> list[Ask
 def _taps(manifest: Manifest, pattern: str, field: str) -> list[Tap]:
     try:
         glob, reducer = split_tap(pattern)
-        known = [layer.path for layer in manifest.layers]
-        names = set(match_layers(glob, known))
-    except ReducerError as error:
-        raise InvalidArgument(f"layer {quoted(pattern)}: {str(error)[:512]}", field=field) from error
+        names = set(match_layers(glob, manifest.layers_by_path))
     except ValueError as error:
         raise InvalidArgument(f"layer {quoted(pattern)}: {str(error)[:512]}", field=field) from error
     if not names:
-        hint = nearest(glob, known) or "; ListLayers names them all"
+        hint = nearest(glob, manifest.layers_by_path) or "; ListLayers names them all"
         raise InvalidArgument(f"model {manifest.name!r} has no layer {quoted(glob)}{hint}", field=field)
     layers = [layer for layer in manifest.layers if layer.path in names]
     available = [layer for layer in layers if layer.available]
@@ -84,13 +80,17 @@ def _check_reducer(layer: LayerSpec, reducer: str, field: str) -> None:
 
 def answer_bytes(manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None) -> int:
     """Return how many bytes the tapped values of `rows` rows take; `length` is the size of dynamic dimensions."""
-    layers = {layer.path: layer for layer in manifest.layers}
     total = 0
     for tap in taps:
-        layer = layers[tap.layer]
-        shape = [rows, *((length or 1) if size == -1 else size for size in layer.shape[1:])]
-        total += math.prod(reduced_shape(shape, tap.reducer)) * _ITEM_SIZES[reduced_datatype(layer, tap)]
+        layer = manifest.layers_by_path[tap.layer]
+        shape = reduced_shape(_sizes(layer.shape, rows, length), tap.reducer)
+        total += math.prod(shape) * _ITEM_SIZES[reduced_datatype(layer, tap)]
     return total
+
+
+def _sizes(shape: Sequence[int], rows: int, length: int | None) -> list[int]:
+    """Return `shape` with the request's own sizes for the batch and the dynamic dimensions."""
+    return [rows, *((length or 1) if size == -1 else size for size in shape[1:])]
 
 
 def reduced_datatype(layer: LayerSpec, tap: Tap) -> str:
@@ -111,8 +111,7 @@ def check_size(
     size = answer_bytes(manifest, taps, rows, length) + _ENVELOPE
     for spec in manifest.outputs:
         if spec.name in outputs:
-            shape = [rows, *((length or 1) if size == -1 else size for size in spec.shape[1:])]
-            size += math.prod(shape) * _ITEM_SIZES.get(spec.datatype, 1)
+            size += math.prod(_sizes(spec.shape, rows, length)) * _ITEM_SIZES.get(spec.datatype, 1)
     if size > limit:
         raise ResourceExhausted(
             f"the values asked for take {size:,} bytes for {rows} rows, an answer holds {limit:,}; "

@@ -31,6 +31,7 @@ class ServedModel:
         self.loaded = loaded
         self.manifest = loaded.manifest
         self.monitor = monitor
+        self._dynamic_outputs = any(spec.dynamic_dimensions() for spec in loaded.manifest.outputs)
         settings = loaded.settings
         limits = Limits(settings.max_batch, settings.max_delay_ms / 1000, settings.queue_rows)
         self.batcher = Batcher(self.manifest.name, loaded.runner, limits, monitor)
@@ -42,7 +43,7 @@ class ServedModel:
         most = self.batcher.limits.max_batch
         future = self.batcher.future
         # Padding that comes from a neighbour would change the shape of a layer's values, and some reducers' results.
-        exact = bool(taps) or any(spec.dynamic_dimensions() for spec in self.manifest.outputs)
+        exact = bool(taps) or self._dynamic_outputs
         works = [
             Work(part, count, self._key(part, exact), future(), taps, predict, deadline)
             for part, count in _parts(inputs, rows, most)

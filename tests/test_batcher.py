@@ -49,6 +49,18 @@ def negate(works: Sequence[Work]) -> list[Rows]:
     return [Rows({"y": joined[end - work.rows : end]}, {}) for work, end in zip(works, ends, strict=True)]
 
 
+def held() -> tuple[Callable[[Sequence[Work]], list[Rows]], threading.Event, threading.Event]:
+    """An engine that says when it was entered and stays until it may leave."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(works: Sequence[Work]) -> list[Rows]:
+        entered.set()
+        assert leave.wait(10)
+        return negate(works)
+
+    return slow, entered, leave
+
+
 @asynccontextmanager
 async def batching(
     run: Callable[[Sequence[Work]], Sequence[Rows]] = negate,
@@ -119,13 +131,7 @@ async def test_a_full_batch_does_not_wait_for_the_delay():
 
 
 async def test_what_waits_while_the_engine_is_busy_runs_together_next():
-    entered, leave = threading.Event(), threading.Event()
-
-    def slow(works: Sequence[Work]) -> list[Rows]:
-        entered.set()
-        assert leave.wait(10)
-        return negate(works)
-
+    slow, entered, leave = held()
     async with batching(slow) as (batcher, recorder):
         first = asyncio.create_task(ask(batcher, 1))
         await until(entered.is_set)
@@ -162,13 +168,7 @@ async def test_a_cancelled_row_leaves_the_queue_and_never_runs():
 
 
 async def test_a_caller_who_leaves_while_running_harms_nobody():
-    entered, leave = threading.Event(), threading.Event()
-
-    def slow(works: Sequence[Work]) -> list[Rows]:
-        entered.set()
-        assert leave.wait(10)
-        return negate(works)
-
+    slow, entered, leave = held()
     async with batching(slow) as (batcher, recorder):
         batcher.hold()
         kept, gone = asyncio.create_task(ask(batcher, 1)), asyncio.create_task(ask(batcher, 2))

@@ -6,21 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from test_layers_attention import D, H, N, T, layer_of
 from torch import Tensor, nn
 
 from layercast.models.layers import MultiHeadAttention
-
-N, T, S, D, H = 3, 5, 4, 12, 3  # as many rows as heads, so that a mask laid along the wrong one still broadcasts
-
-
-def layer_of(seed: int = 0, heads: int = H, dropout: float = 0.0) -> MultiHeadAttention:
-    """A layer whose biases aren't zero, so that none can be forgotten."""
-    torch.manual_seed(seed)
-    layer = MultiHeadAttention(D, heads, dropout)
-    for name, parameter in layer.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter)
-    return layer
 
 
 class TestCausality:

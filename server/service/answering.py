@@ -123,14 +123,13 @@ class Answering:
 def _named(manifest: Manifest, wanted: Wanted, answers: list[Answer]) -> list[Tensor]:
     """Return (name, datatype, values) in the order asked, the parts of a split request joined."""
     outputs = {spec.name: spec for spec in manifest.outputs}
-    layers = {layer.path: layer for layer in manifest.layers}
     taps = {asked.name: asked.tap for asked in wanted.layers}
     tensors: list[Tensor] = []
     for name in wanted.order:
         if name in taps:
             tap = taps[name]
             values = join([answer.features[tap] for answer in answers])
-            tensors.append((name, reduced_datatype(layers[tap.layer], tap), values))
+            tensors.append((name, reduced_datatype(manifest.layers_by_path[tap.layer], tap), values))
         else:
             tensors.append((name, outputs[name].datatype, join([answer.outputs[name] for answer in answers])))
     return tensors
@@ -138,11 +137,10 @@ def _named(manifest: Manifest, wanted: Wanted, answers: list[Answer]) -> list[Te
 
 def _empty(manifest: Manifest, taps: tuple[Tap, ...]) -> Answer:
     """Return the answer to a request of no rows; dynamic dimensions are 0 in it."""
-    layers = {layer.path: layer for layer in manifest.layers}
     outputs = {spec.name: np.zeros(_none(spec), memory_dtype(spec.datatype)) for spec in manifest.outputs}
     features = {}
     for tap in taps:
-        layer = layers[tap.layer]
+        layer = manifest.layers_by_path[tap.layer]
         shape = reduced_shape(_none(layer), tap.reducer)
         features[tap] = np.zeros(shape, memory_dtype(reduced_datatype(layer, tap)))
     return Answer(outputs, features, 0, 0, 0)

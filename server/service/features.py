@@ -32,9 +32,9 @@ class FeatureService:
         if len(request.pattern) > MAX_PATTERN_LENGTH:
             raise InvalidArgument(f"the pattern is longer than {MAX_PATTERN_LENGTH} characters", field="pattern")
         if request.pattern:
-            names = set(match_layers(request.pattern, [layer.path for layer in layers]))
+            names = set(match_layers(request.pattern, model.manifest.layers_by_path))
             if not names:
-                hint = nearest(request.pattern, [layer.path for layer in layers])
+                hint = nearest(request.pattern, model.manifest.layers_by_path)
                 raise InvalidArgument(
                     f"model {model.manifest.name!r} has no layer {quoted(request.pattern)}{hint}", field="pattern"
                 )

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE
 from layercast.server.errors import StartError, Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
+from layercast.server.transport.ports import bound_socket, port_in_use
 from layercast.server.transport.status import reply
 
 Answer = Callable[[Any, Call], Awaitable[Message]]
@@ -54,13 +54,11 @@ class GrpcFrontEnd:
     def bind(self, host: str, port: int) -> int:
         """Listen on `host:port` and return the port; StartError when it is in use."""
         target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        # Tried with a plain socket first: grpc writes lines of its own to standard error when it can't listen.
+        bound_socket("gRPC", host, port, "--grpc-port").close()
         try:
-            # Tried with a plain socket first: grpc writes lines of its own to standard error when it can't listen.
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, port))
             return self._server.add_insecure_port(target)
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
             raise StartError(port_in_use("gRPC", host, port, "--grpc-port")) from error
 
     async def start(self) -> None:
@@ -146,14 +144,6 @@ def _add_reflection(server: grpc.aio.Server) -> None:
         POOL.AddSerializedFile(file.serialized_pb)
     names = (INFERENCE_SERVICE, FEATURES_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server, pool=POOL)
-
-
-def port_in_use(what: str, host: str, port: int, option: str) -> str:
-    """Return the one line that a taken port gives."""
-    return (
-        f"{what} port {port} on {host} is in use, by another server perhaps; "
-        f"stop that one or choose another port with {option}"
-    )
 
 
 def _snake(name: str) -> str:

@@ -9,7 +9,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from layercast.server.errors import StartError
-from layercast.server.transport.grpcio import port_in_use
+from layercast.server.transport.ports import bound_socket, port_in_use
 
 
 class _Server(uvicorn.Server):
@@ -35,12 +35,8 @@ class HttpFrontEnd:
 
     def bind(self, host: str, port: int) -> int:
         """Take `host:port` and return the port; StartError when it is in use."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        # Only a socket in TIME_WAIT may be taken over by this; a listening one stays in use.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock = bound_socket(self._what, host, port, self._option)
         try:
-            sock.bind((host, port))
             sock.listen(1024)
         except OSError as error:
             sock.close()
