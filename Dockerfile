@@ -19,7 +19,7 @@ ENV PATH=/opt/layercast/bin:$PATH
 COPY constraints/cpu.txt /source/constraints/
 RUN pip install --no-deps --index-url "$TORCH_INDEX" -r /source/constraints/cpu.txt
 WORKDIR /source
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY proto proto
 COPY models models
 COPY client client

@@ -1,5 +1,6 @@
 """The wheel, built without the network from a copy of the tree, holds everything that the packages need."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("proto", "server", "models", "client")
+APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 PLATFORMS = [
     {"sys_platform": "linux", "platform_machine": "x86_64"},
     {"sys_platform": "linux", "platform_machine": "aarch64"},
@@ -30,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
     source = tmp_path_factory.mktemp("source")
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     result = subprocess.run([*command, "-w", source / "dist", source], capture_output=True, text=True, check=False)
@@ -84,6 +86,15 @@ def test_the_descriptors_and_their_types_are_shipped(wheel: zipfile.ZipFile) -> 
     names = set(wheel.namelist())
     assert "layercast/proto/descriptors.binpb" in names
     assert any(name.startswith("layercast/proto/") and name.endswith(".pyi") for name in names)
+
+
+def test_the_licence_is_said_and_shipped(wheel: zipfile.ZipFile, metadata: Message) -> None:
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata.get_all("License-File", [])) == {"LICENSE", "NOTICE"}
+    texts = {Path(name).name: wheel.read(name).decode() for name in wheel.namelist() if "/licenses/" in name}
+    # The text as the foundation publishes it, byte for byte: a changed licence would be another licence.
+    assert hashlib.sha256(texts["LICENSE"].encode()).hexdigest() == APACHE_2_0
+    assert "Copyright 2026 The Layercast authors" in texts["NOTICE"]
 
 
 def test_a_plain_install_is_three_packages(requirements: list[Requirement]) -> None:
