@@ -1,5 +1,6 @@
 """Fixtures that many tests share; the expensive ones are made once a session."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,10 +92,18 @@ def served(repository: Path) -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def data_directory() -> Path:
     """The folder with the real data sets; tests that need it are skipped where it is absent."""
-    import os
-
     given = os.environ.get("LAYERCAST_DATA")
     directory = Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
     if not (directory / "mnist").is_dir():
         pytest.skip("needs the data sets; name their folder in LAYERCAST_DATA")
     return directory
+
+
+@pytest.fixture(scope="session")
+def stock_python() -> str:
+    """The interpreter that has tritonclient; `make test` makes it."""
+    given = os.environ.get("LAYERCAST_TRITONCLIENT_PYTHON")
+    python = Path(given) if given else Path(__file__).parents[1] / ".venv-tritonclient" / "bin" / "python"
+    if not python.is_file():
+        pytest.skip("needs .venv-tritonclient; scripts/setup.sh dev makes it")
+    return str(python)

@@ -2,13 +2,11 @@
 
 import gzip
 import json
-import os
 import subprocess
 import urllib.request
 from pathlib import Path
 
 import numpy as np
-import pytest
 from serving import running
 from test_server_inference import offline
 from test_server_operations import samples, value
@@ -17,18 +15,7 @@ from layercast.models import zoo
 from layercast.models.artefact import module_from_card
 from layercast.models.export.writer import export_artefact
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).parent / "tritonclient_script.py"
-
-
-@pytest.fixture(scope="module")
-def stock_python() -> str:
-    """The interpreter that has tritonclient; `make test` makes it."""
-    given = os.environ.get("LAYERCAST_TRITONCLIENT_PYTHON")
-    python = Path(given) if given else ROOT / ".venv-tritonclient" / "bin" / "python"
-    if not python.is_file():
-        pytest.skip("needs .venv-tritonclient; scripts/setup.sh dev makes it")
-    return str(python)
 
 
 def run(python: str, *arguments: str, timeout: float = 240) -> str:
