@@ -29,7 +29,7 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _DEFAULT_PORTS = {"8001": "grpc", "8000": "http", "8002": "metrics"}
 _ADDRESS = re.compile(r"\b(?:localhost|127\.0\.0\.1):(8000|8001|8002)\b")
 _PORT_OPTION = re.compile(r"(--(?:grpc|http|metrics)-port)[ =]\d+")
-_SECONDS = 120
+_SECONDS = 200
 
 
 @dataclass
