@@ -292,7 +292,8 @@ def table(path: Path, heading: str) -> list[list[str]]:
     rows = []
     for line in section[1].splitlines():
         if line.startswith("|"):
-            rows.append([cell.strip().replace("`", "").replace("\\|", "|") for cell in line.strip("|").split(" | ")])
+            cells = re.split(r"(?<!\\)\|", line.strip()[1:-1])
+            rows.append([cell.strip().replace("`", "") for cell in cells])
         elif rows:
             break
     return rows[2:]
