@@ -26,7 +26,8 @@ from pathlib import Path
 import documentation
 import grpc
 import pytest
-from documentation import ROOT, Surroundings, table
+from documentation import ROOT, table
+from documentation_run import Surroundings, run
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Running, running
 
@@ -74,7 +75,7 @@ def test_every_block_of_the_page_does_what_it_says(
         server = request.getfixturevalue("zoo_served").server
         ports = {"grpc": server.grpc_port, "http": server.http_port, "metrics": server.metrics_port}
     stock = request.getfixturevalue("stock_python") if page.needs_tritonclient else ""
-    documentation.run(page, Surroundings(tmp_path, zoo_repository, ports, stock))
+    run(page, Surroundings(tmp_path, zoo_repository, ports, stock))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=named)
@@ -120,7 +121,7 @@ def test_a_page_that_is_wrong_fails(text: str, complaint: str, tmp_path: Path) -
     path.write_text(text)
     around = Surroundings(tmp_path / "directory", tmp_path, {})
     with pytest.raises(AssertionError, match=f"(?s){complaint}"):
-        documentation.run(documentation.parse(path), around)
+        run(documentation.parse(path), around)
 
 
 def test_a_page_that_is_right_passes(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_a_page_that_is_right_passes(tmp_path: Path) -> None:
         "```text\n7\n… s\n…\nend\n```\n<!-- until: up -->\n```sh\ntrap 'echo bye; exit 0' INT\necho up\n"
         "while true; do sleep 0.01; done\n```\n```text\nup\nbye\n```\n<!-- not run: needs Docker -->\n```sh\nfalse\n```\n"
     )
-    documentation.run(documentation.parse(path), Surroundings(tmp_path / "directory", tmp_path, {}))
+    run(documentation.parse(path), Surroundings(tmp_path / "directory", tmp_path, {}))
 
 
 def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
@@ -142,6 +143,15 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
         "[d](gone.md) [e](other.md#two) [f](#there) [g](../outside.md)\n```sh\n# [h](gone.md)\n```\n"
     )
     assert documentation.broken_links(page, tmp_path) == ["gone.md", "other.md#two", "#there", "../outside.md"]
+
+
+def test_the_zoo_table_is_what_the_cards_say() -> None:
+    cards = {name: json.loads((zoo.directory(name) / "card.json").read_text()) for name in zoo.names()}
+    rows = {row[0]: row[1:] for row in table(ROOT / "README.md", "## The zoo")}
+    assert rows.keys() == cards.keys()
+    for name, (architecture, _, accuracy) in rows.items():
+        assert cards[name]["architecture"] in architecture
+        assert accuracy.startswith(f"{100 * cards[name]['metrics']['accuracy']:.2f} %"), name
 
 
 def default(name: str) -> str:
