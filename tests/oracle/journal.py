@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from oracle.subjects import TOLERANCE, Array, Subject
 
 
@@ -22,7 +23,7 @@ class Reply:
 
 @dataclass
 class Asked:
-    """A request: what it wants of which rows, which ends are right for it, and the ends it had."""
+    """A request: what it wants of which rows, which ends are right for it, the ends it had and what was wrong."""
 
     id: str
     subject: Subject
@@ -30,11 +31,12 @@ class Asked:
     outputs: Sequence[str]
     kind: str
     allowed: frozenset[str]
-    ends: list[Reply] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
 
 class Journal:
-    """Every request by its id."""
+    """Every request by its id. Answers are judged as they come and not kept, so that a run may last for days."""
 
     def __init__(self) -> None:
         self.asked: dict[str, Asked] = {}
@@ -49,27 +51,29 @@ class Journal:
     def ended(self, id: str, reply: Reply) -> None:
         """Write down an end; one of a request that nobody made is kept as a stray."""
         with self._lock:
-            if id in self.asked:
-                self.asked[id].ends.append(reply)
-            else:
+            asked = self.asked.get(id)
+            if asked is None:
                 self._strays.append(id)
+                return
+            asked.ends.append(reply.status)
+        asked.faults += _faults(asked, reply)
 
     def counts(self) -> Counter[str]:
         """Return how many requests ended how, by `kind status`."""
-        return Counter(f"{asked.kind} {end.status}" for asked in self.asked.values() for end in asked.ends)
+        return Counter(f"{asked.kind} {end}" for asked in self.asked.values() for end in asked.ends)
 
     def wrong(self) -> list[str]:
         """Return a line about everything that is not right: lost, answered twice, swapped, wrong or a wrong status."""
         found = [f"{id}: an answer to a request that nobody made" for id in self._strays]
         for asked in self.asked.values():
-            found += [f"{asked.id} ({asked.kind} {asked.subject.name}): {fault}" for fault in _faults(asked)]
+            faults = list(asked.faults)
+            if len(asked.ends) != 1:
+                faults.append(f"{len(asked.ends)} ends" if asked.ends else "lost")
+            found += [f"{asked.id} ({asked.kind} {asked.subject.name}): {fault}" for fault in faults]
         return found
 
 
-def _faults(asked: Asked) -> list[str]:
-    if len(asked.ends) != 1:
-        return [f"{len(asked.ends)} ends" if asked.ends else "lost"]
-    end = asked.ends[0]
+def _faults(asked: Asked, end: Reply) -> list[str]:
     if end.status not in asked.allowed:
         return [f"status {end.status} ({end.text}), want one of {sorted(asked.allowed)}"]
     if end.status != "OK":

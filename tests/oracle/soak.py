@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from oracle.journal import Journal
 from oracle.subjects import Subject
 from oracle.traffic import Caller, ask
-from prometheus_client.parser import text_string_to_metric_families
 
 _VICTIM = """
 import sys

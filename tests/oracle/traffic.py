@@ -8,11 +8,11 @@ from typing import Any
 
 import grpc
 import numpy as np
-from oracle.journal import Asked, Journal, Reply
-from oracle.subjects import LAYERS, Subject
 
 from layercast.proto.messages import ModelInferRequest
 from layercast.proto.rpc import INFERENCE
+from oracle.journal import Asked, Journal, Reply
+from oracle.subjects import LAYERS, Subject
 
 _PATIENCE = 60.0
 _BUSY = frozenset({"OK", "UNAVAILABLE"})
