@@ -4,7 +4,7 @@ PACKAGES := proto models server client
 TYPED := $(addprefix build/typed/layercast/,$(PACKAGES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format proto clean
+.PHONY: help setup serve test soak fuzz check format proto clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,16 @@ serve: ## start the server with the models of the zoo; ARGS="--grpc-port 9001" p
 test: ## run every test; ARGS="-k codec" passes options on
 	@scripts/setup.sh dev
 	$(PYTHON_BIN) -m pytest $(ARGS)
+
+soak: ## mixed load against the oracle for SOAK_SECONDS (default 600), with clients killed and memory watched
+	@scripts/setup.sh dev
+	PYTHONPATH=tests $(PYTHON_BIN) -m oracle --seconds $(or $(SOAK_SECONDS),600) $(ARGS)
+
+fuzz: ## coverage-guided fuzzing of the decoders, FUZZ_SECONDS each (default 60)
+	@scripts/setup.sh dev
+	@$(PYTHON_BIN) -c 'import atheris' 2>/dev/null || $(PYTHON_BIN) -m pip install -q 'atheris>=3'
+	for target in infer extract; do \
+	  PYTHONPATH=tests $(PYTHON_BIN) -m fuzz $$target -max_total_time=$(or $(FUZZ_SECONDS),60) || exit 1; done
 
 check: $(TYPED) ## lint, formatting, types, Dockerfile
 	@scripts/setup.sh dev
