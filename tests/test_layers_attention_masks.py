@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from layercast.models.layers import MultiHeadAttention, TransformerEncoderBlock
 
-
 LATER = torch.ones(T, T, dtype=torch.bool).triu(1)
 
 
