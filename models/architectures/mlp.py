@@ -36,6 +36,10 @@ class MLP(nn.Module):
         super().__init__()
         positive("MLP", input_size=input_size, output_size=output_size)
         probability("MLP", dropout=dropout)
+        if not isinstance(hidden_sizes, list | tuple):
+            raise ValueError(
+                f"MLP: hidden_sizes must be a list of sizes, for instance [512, 256], got {hidden_sizes!r}"
+            )
         layers: list[nn.Module] = []
         self.input_size = size = input_size
         for index, hidden in enumerate(hidden_sizes):
