@@ -57,6 +57,15 @@ def card_of(name: str) -> dict[str, Any]:
     return {"name": name, "arguments": {}, "outputs": outputs, **CARDS[name]}
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: so little work is only slowed down by threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def modules() -> dict[str, nn.Module]:
     """Untrained models in eval mode, with running statistics that are not the identity: the oracles."""

@@ -14,6 +14,8 @@ from torch import nn
 from layercast.client.main import main
 from layercast.models import zoo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Capture = pytest.CaptureFixture[str]
 
 

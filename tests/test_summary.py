@@ -9,6 +9,8 @@ from layercast.models.architectures.simple import SharedWeights, SimpleNet
 from layercast.models.layers import MultiHeadAttention
 from layercast.models.summary import Row, render, summarise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def rows(model: nn.Module, *inputs: Tensor) -> dict[str, Row]:
     return {row.path: row for row in summarise(model, inputs).rows}

@@ -17,6 +17,8 @@ from layercast.client.main import main
 from layercast.models.data import digits
 from layercast.models.training import checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def write_mnist(directory: Path, rows: int = 60) -> Path:
     """An MNIST of bright spots at ten places, in the files of the real one; returns the folder for --data."""

@@ -13,6 +13,8 @@ from test_data_idx import idx
 from layercast.client.main import main
 from layercast.models.data import download, sources
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 28, 28)).astype(np.uint8)
 LABELS = (np.arange(40) % 10).astype(np.uint8)
 
