@@ -20,7 +20,9 @@ class GradientExtractor:
 
     It hooks the returned tensors instead of using full backward hooks: those turn outputs into views, which torch
     forbids to change in place, and so fail on `ReLU(inplace=True)` and `x += skip`. A tensor's hook stays with the
-    value that it was registered on, whatever is done to the tensor afterwards. Names are those of FeatureExtractor.
+    value that it was registered on, whatever is done to the tensor afterwards. A module that returns its input itself
+    (nn.Identity, a Dropout in eval mode) is given a view to return, so that what reaches its input by other ways is not
+    counted to it. The values are those of a full backward hook's `grad_output`. Names are those of FeatureExtractor.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
@@ -66,8 +68,10 @@ class GradientExtractor:
         self._activations.clear()
         self._gradients.clear()
 
-    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def collect(module: nn.Module, inputs: Any, output: Any) -> None:
+    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def collect(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if isinstance(output, Tensor) and output.requires_grad and any(output is given for given in inputs):
+                output = output.view_as(output)
             call = self._calls[path]
             self._calls[path] += 1
             for part, tensor in flatten_output(output):
@@ -77,6 +81,7 @@ class GradientExtractor:
                     if tensor.requires_grad:
                         handle: RemovableHandle = tensor.register_hook(self._keep(name))  # type: ignore[no-untyped-call]
                         self._tensor_handles.append(handle)
+            return output
 
         return collect
 
