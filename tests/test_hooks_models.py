@@ -98,14 +98,22 @@ def test_gradients_in_place_equal_full_backward_hooks_on_a_twin_that_is_not(sque
     model, image = ResNetLike(squeeze_excitation=squeeze).eval(), torch.rand(2, 3, 12, 12)
     twin, wanted = twin_of(model), {}
     for path, module in twin.named_modules():
-        if path and "se" not in path.split("."):  # a squeeze-and-excitation works in place
+        if path and not (squeeze and "se" in path.split(".")):  # a squeeze-and-excitation works in place
             module.register_full_backward_hook(
                 lambda _, __, gradients, path=path: wanted.__setitem__(path, gradients[0])
             )
     twin(image.clone().requires_grad_())[:, 4].sum().backward()
     with GradientExtractor(model, ["*"]) as extractor:
         model(image)[:, 4].sum().backward()
-    assert {"layer1.0.conv1", "layer1.0.relu1", "layer2.0.shortcut.1", "layer2.1", "stem", "head"} <= wanted.keys()
+    assert {
+        "layer1.0.conv1",
+        "layer1.0.relu1",
+        "layer1.0.shortcut",
+        "layer2.0.shortcut.1",
+        "layer2.1",
+        "stem",
+        "head",
+    } <= wanted.keys()
     for path, gradient in wanted.items():
         torch.testing.assert_close(extractor.gradients[path], gradient, msg=lambda text, path=path: f"{path}: {text}")
     assert registered_hooks(model) == []
@@ -114,6 +122,40 @@ def test_gradients_in_place_equal_full_backward_hooks_on_a_twin_that_is_not(sque
     with pytest.raises(RuntimeError, match="modified inplace"):
         model(image)
     handle.remove()
+
+
+def test_gradients_are_those_of_the_last_forward_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with GradientExtractor(model, ["0"]) as extractor:
+        earlier, later = model(torch.ones(1, 3)), model(torch.zeros(1, 3))
+        (5 * earlier).sum().backward()
+        assert extractor.gradients == {}
+        later.sum().backward()
+    torch.testing.assert_close(extractor.gradients["0"], model[1].weight.sum(0, keepdim=True))
+    torch.testing.assert_close(extractor.activations["0"], model[0].bias[None])
+
+
+def test_a_module_that_returns_its_input_gets_the_gradient_of_what_it_returned() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.same, self.dropout = nn.Linear(3, 3), nn.Identity(), nn.Dropout()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            same: Tensor = self.same(y)
+            same += 1.0
+            return 2 * same + 3 * y + 5 * self.dropout(y)
+
+    model = Skip().eval()
+    with GradientExtractor(model, ["*"]) as extractor:
+        model(torch.randn(1, 3)).sum().backward()
+    # `same += 1` changes y itself, which is the same memory: all three terms are of it from there on.
+    assert {name: value.tolist() for name, value in extractor.gradients.items()} == {
+        "first": [[10.0] * 3],
+        "same": [[10.0] * 3],
+        "dropout": [[5.0] * 3],
+    }
 
 
 def test_the_order_is_learned_and_the_second_forward_stops_early() -> None:
