@@ -139,12 +139,18 @@ def test_a_module_that_returns_its_input_gets_the_gradient_of_what_it_returned()
     class Skip(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.same, self.dropout = nn.Linear(3, 3), nn.Identity(), nn.Dropout()
+            self.first, self.same, self.dropout, self.unused = (
+                nn.Linear(3, 3),
+                nn.Identity(),
+                nn.Dropout(),
+                nn.Identity(),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.first(x)
             same: Tensor = self.same(y)
             same += 1.0
+            self.unused(y)
             return 2 * same + 3 * y + 5 * self.dropout(y)
 
     model = Skip().eval()
