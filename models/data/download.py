@@ -59,7 +59,7 @@ def _complete(url: str, remote: Remote, partial: Path, timeout: float) -> str | 
         try:
             problem = _attempt(url, remote, partial, timeout)
         except urllib.error.HTTPError as error:
-            problem = f"the server answered {error.code} {error.reason}"
+            problem = f"the server answered {error.code} {' '.join(str(error.reason).split())}"
             error.close()
             if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 # The server's file is shorter than what we hold, so ours is not a part of it.
