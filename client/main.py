@@ -30,6 +30,9 @@ COMMANDS: dict[str, Command] = {
     "features": Command("ask a server what layers inside a model computed", "layercast.client.commands.features"),
     "layers": Command("list the layers of a model", "layercast.client.commands.layers"),
     "models": Command("list the models of a server", "layercast.client.commands.models"),
+    "models show": Command(
+        "show the modules inside a model: shapes, parameters, multiply-adds", "layercast.models.commands.show"
+    ),
     "train": Command("train a model of the zoo", "layercast.models.commands.train"),
     "evaluate": Command("measure a model's accuracy on its test split", "layercast.models.commands.evaluate"),
     "export": Command("write a model as an artefact that can be served", "layercast.models.commands.export"),
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    verb = arguments[0] if arguments else "--help"
+    verb, rest = _split(arguments)
     if verb not in COMMANDS:
         return _without_verb(verb)
     command = COMMANDS[verb]
@@ -70,7 +73,7 @@ def _run(arguments: list[str]) -> int:
         module = importlib.import_module(command.module)
         parser = argparse.ArgumentParser(prog=f"layercast {verb}", description=_description(module))
         module.add_arguments(parser)
-        code: int = module.run(parser.parse_args(arguments[1:]))
+        code: int = module.run(parser.parse_args(rest))
         sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
@@ -84,6 +87,17 @@ def _run(arguments: list[str]) -> int:
         if os.environ.get("LAYERCAST_TRACEBACK"):
             raise
         return _fail(str(error) or type(error).__name__)
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """The verb, which may be two words, and what follows it."""
+    if not arguments:
+        return "--help", []
+    verb = arguments[0]
+    further = [name for name in COMMANDS if name.startswith(f"{verb} ")]
+    if further and len(arguments) > 1 and not arguments[1].startswith("-"):
+        return f"{verb} {arguments[1]}", arguments[2:]
+    return verb, arguments[1:]
 
 
 def _without_verb(word: str) -> int:

@@ -20,7 +20,9 @@ class GradientExtractor:
 
     It hooks the returned tensors instead of using full backward hooks: those turn outputs into views, which torch
     forbids to change in place, and so fail on `ReLU(inplace=True)` and `x += skip`. A tensor's hook stays with the
-    value that it was registered on, whatever is done to the tensor afterwards. Names are those of FeatureExtractor.
+    value that it was registered on, whatever is done to the tensor afterwards. A module that returns its input itself
+    (nn.Identity, a Dropout in eval mode) is given a view to return, so that what reaches its input by other ways is not
+    counted to it. The values are those of a full backward hook's `grad_output`. Names are those of FeatureExtractor.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
@@ -46,9 +48,8 @@ class GradientExtractor:
 
     def close(self) -> None:
         """Remove every hook; safe to call twice."""
-        for handles in (self._handles, self._tensor_handles):
-            while handles:
-                handles.pop().remove()
+        _remove(self._handles)
+        _remove(self._tensor_handles)
 
     @property
     def activations(self) -> dict[str, Tensor]:
@@ -61,15 +62,19 @@ class GradientExtractor:
         return self._named(self._gradients)
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
-        self._tensor_handles.clear()  # those of the last forward go with its tensors
+        _remove(self._tensor_handles)  # a late backward through an earlier forward must not mix into this one
         self._calls.clear()
         self._activations.clear()
         self._gradients.clear()
 
-    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def collect(module: nn.Module, inputs: Any, output: Any) -> None:
+    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def collect(module: nn.Module, inputs: Any, output: Any) -> Any:
             call = self._calls[path]
             self._calls[path] += 1
+            if isinstance(output, Tensor) and output.requires_grad and any(output is given for given in inputs):
+                late = self._keep_late(LayerName(path, call, ""), output.detach())
+                self._tensor_handles.append(output.register_hook(late))  # type: ignore[no-untyped-call]
+                output = output.view_as(output)
             for part, tensor in flatten_output(output):
                 name = LayerName(path, call, part)
                 if any(pattern.selects(name, repeated=True) for pattern in self._patterns):
@@ -77,6 +82,7 @@ class GradientExtractor:
                     if tensor.requires_grad:
                         handle: RemovableHandle = tensor.register_hook(self._keep(name))  # type: ignore[no-untyped-call]
                         self._tensor_handles.append(handle)
+            return output
 
         return collect
 
@@ -87,6 +93,16 @@ class GradientExtractor:
 
         return keep
 
+    def _keep_late(self, name: LayerName, alias: Tensor) -> Callable[[Tensor], None]:
+        """For a view that is changed in place: autograd then forgets it, and what reaches its base stands for it."""
+        version = alias._version
+
+        def keep(gradient: Tensor) -> None:
+            if name not in self._gradients and alias._version != version:
+                self._gradients[name] = gradient.detach().clone()
+
+        return keep
+
     def _named(self, values: Mapping[LayerName, Tensor]) -> dict[str, Tensor]:
         named = ((name, self._calls[name.path] > 1, value) for name, value in values.items())
         return {
@@ -94,3 +110,8 @@ class GradientExtractor:
             for name, repeated, value in named
             if any(pattern.selects(name, repeated) for pattern in self._patterns)
         }
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from layercast.models.manifest import TensorSpec
+
 _MODULES = {
     "SimpleNet": "simple",
     "SharedWeights": "simple",
@@ -37,3 +39,9 @@ def build(name: str, **arguments: Any) -> nn.Module:
         return architecture(name)(**arguments)
     except TypeError as error:
         raise ValueError(f"architecture {name}: {error}") from error
+
+
+def input_specs(model: nn.Module) -> tuple[TensorSpec, ...]:
+    """Return what the forward of a registered architecture takes, () for a module that does not say it."""
+    said = getattr(model, "input_specs", None)
+    return said() if callable(said) else ()

@@ -6,7 +6,7 @@ reached twice has a line at each place, which says so; it and shared parameters 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One place in the tree. Counts are of elements of this module alone, without its children, shared ones once."""
+    """One place in the tree. Counts are of this module alone, without the modules below it, unless `Summary.up_to`
+    has folded those into it. Shared tensors count once.
+    """
 
     path: str
     kind: str
@@ -54,6 +56,7 @@ class Summary:
     """All rows, the model itself first, and the sums over them."""
 
     rows: tuple[Row, ...]
+    inputs: str
     children: int
     modules: int
 
@@ -82,6 +85,30 @@ class Summary:
         """Multiply-adds of one forward pass on the example inputs."""
         return sum(row.run.multiply_adds for row in self.rows)
 
+    def up_to(self, depth: int) -> "Summary":
+        """Return the rows down to `depth`, the deepest of them with what lies below added in: the sums stay."""
+        kept: list[Row] = []
+        for row in self.rows:
+            if row.depth <= depth:
+                kept.append(row)
+                continue
+            above = kept[-1]
+            run = replace(above.run, multiply_adds=above.run.multiply_adds + row.run.multiply_adds)
+            kept[-1] = replace(
+                above,
+                run=run,
+                trainable=above.trainable + row.trainable,
+                frozen=above.frozen + row.frozen,
+                buffers=above.buffers + row.buffers,
+            )
+        return replace(self, rows=tuple(kept))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        totals = ("inputs", "children", "modules", "parameters", "trainable", "frozen", "buffers", "multiply_adds")
+        rows = [_flat(row) for row in self.rows]
+        return {**{name: getattr(self, name) for name in totals}, "rows": rows}
+
 
 def summarise(model: nn.Module, example_inputs: Inputs) -> Summary:
     """Run `model` once in eval mode without gradients, and count.
@@ -92,12 +119,11 @@ def summarise(model: nn.Module, example_inputs: Inputs) -> Summary:
     """
     runs = _observe(model, example_inputs)
     children = sum(1 for _ in model.named_children())
-    return Summary(tuple(_rows(model, runs)), children, modules=len(runs))
+    return Summary(tuple(_rows(model, runs)), _shape(example_inputs), children, modules=len(runs))
 
 
-def render(model: nn.Module, example_inputs: Inputs, *, parameters: bool = False) -> str:
+def render(summary: Summary, *, parameters: bool = False) -> str:
     """Return the summary as text: a line per module, with `parameters` one per parameter and buffer too, and totals."""
-    summary = summarise(model, example_inputs)
     table: list[tuple[str, ...]] = [_HEADER]
     for row in summary.rows:
         table.append(_cells(row))
@@ -106,7 +132,7 @@ def render(model: nn.Module, example_inputs: Inputs, *, parameters: bool = False
     widths = [max(len(cells[column]) for cells in table) for column in range(len(_HEADER))]
     lines = [_line(cells, widths) for cells in table]
     rule = "-" * max(len(line) for line in lines)
-    return "\n".join([lines[0], rule, *lines[1:], rule, *_totals(summary, _shape(example_inputs))])
+    return "\n".join([lines[0], rule, *lines[1:], rule, *_totals(summary)])
 
 
 def _observe(model: nn.Module, example_inputs: Inputs) -> dict[nn.Module, Run]:
@@ -203,6 +229,12 @@ def _shape(value: object) -> str:
     return "None" if value is None else type(value).__name__
 
 
+def _flat(row: Row) -> dict[str, Any]:
+    flat = asdict(row)
+    run = flat.pop("run")
+    return {"path": flat.pop("path"), "depth": row.depth, "type": flat.pop("kind"), **run, **flat}
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     name = row.path.rpartition(".")[2] or "(model)"
     counts = (row.trainable, row.frozen, row.buffers, row.run.multiply_adds)
@@ -218,11 +250,11 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(aligned).rstrip()
 
 
-def _totals(summary: Summary, inputs: str) -> list[str]:
+def _totals(summary: Summary) -> list[str]:
     return [
         f"children       {summary.children:,} (named_children)",
         f"modules        {summary.modules:,} (named_modules, with the model itself)",
         f"parameters     {summary.parameters:,} ({summary.trainable:,} trainable, {summary.frozen:,} frozen)",
         f"buffers        {summary.buffers:,}",
-        f"multiply-adds  {summary.multiply_adds:,} for inputs of {inputs}",
+        f"multiply-adds  {summary.multiply_adds:,} for inputs of {summary.inputs}",
     ]

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,24 @@ def card_of(name: str) -> dict[str, Any]:
     return {"name": name, "arguments": {}, "outputs": outputs, **CARDS[name]}
 
 
+@contextmanager
+def in_one_thread() -> Iterator[None]:
+    """Compute in one thread: so little work is only slowed down by threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let the test compute in one thread."""
+    with in_one_thread():
+        yield
+
+
 @pytest.fixture(scope="session")
 def modules() -> dict[str, nn.Module]:
     """Untrained models in eval mode, with running statistics that are not the identity: the oracles."""
@@ -77,8 +96,9 @@ def modules() -> dict[str, nn.Module]:
 def repository(modules: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the test models, version 1 each, with every program."""
     root = tmp_path_factory.mktemp("repository")
-    for name, module in modules.items():
-        export_artefact(module, card_of(name), root / name / "1")
+    with in_one_thread():
+        for name, module in modules.items():
+            export_artefact(module, card_of(name), root / name / "1")
     return root
 
 

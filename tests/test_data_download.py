@@ -27,6 +27,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.content = CONTENT
+        self.files: dict[str, bytes] = {}
         self.behaviours: list[str] = []
         self.ranges: list[str | None] = []
         self.released = threading.Event()
@@ -57,10 +58,10 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if how == "redirect":
             self.send_response(302)
-            self.send_header("Location", self.server.url)
+            self.send_header("Location", self.server.url.replace("/file", self.path))
             self.send_header("Content-Length", "0")
             return self.end_headers()
-        content, start = self.server.content, 0
+        content, start = self.server.files.get(self.path, self.server.content), 0
         if how == "other content":
             content = bytes(len(content))
         if asked and how not in ("ignores ranges", "not satisfiable"):
@@ -119,6 +120,7 @@ def names(directory: Path) -> list[str]:
         ["error", "error", "error"],
         ["other content"],
         ["too long"],
+        ["not satisfiable"],
     ],
     ids=", ".join,
 )
@@ -141,6 +143,7 @@ def test_a_broken_connection_goes_on_where_it_ended(tmp_path: Path, server: Serv
         ("other content", "isn't the published file"),
         ("too long", "isn't the published file"),
         ("error", "503"),
+        ("redirect", "the server answered 302 .*infinite loop"),
         ("drop", "closed connection|Connection reset"),
     ],
 )

@@ -80,7 +80,7 @@ def test_people_get_a_table(capsys: pytest.CaptureFixture[str], data: Path, repo
     assert "70 test rows of MNIST" in told
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.names() if name in ("mnist", "mlp")])
+@pytest.mark.parametrize("name", [name for name in zoo.names() if name != "resnet"])
 def test_the_zoo_is_as_good_as_its_cards_say(capsys: pytest.CaptureFixture[str], data_directory: Path, name: str):
     found = evaluate(capsys, name, "--data", str(data_directory))
     card = json.loads((zoo.directory(name) / "card.json").read_text())

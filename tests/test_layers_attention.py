@@ -94,10 +94,10 @@ class TestAgainstLoops:
 
     def test_all_masks_at_once(self) -> None:
         layer, x = layer_of(), torch.randn(N, T, D)
-        additive, padding = torch.randn(N, T, T), torch.zeros(N, T, dtype=torch.bool)
+        causal, padding = torch.full((T, T), -math.inf).triu(1), torch.zeros(N, T, dtype=torch.bool)
         padding[1, 3:] = padding[2, 0] = True
-        causal = torch.full((T, T), -math.inf).triu(1)
-        bias = additive[:, None] + causal + torch.zeros(N, 1, 1, T).masked_fill(padding[:, None, None], -math.inf)
+        additive = torch.randn(N, T, T) + causal
+        bias = additive[:, None] + torch.zeros(N, 1, 1, T).masked_fill(padding[:, None, None], -math.inf)
         assert_equal_to_loops(layer, x, x, bias, attn_mask=additive, key_padding_mask=padding, is_causal=True)
 
 

@@ -9,25 +9,89 @@ import torch
 from test_layers_attention import D, H, N, T, layer_of
 from torch import Tensor, nn
 
-from layercast.models.layers import MultiHeadAttention
+from layercast.models.layers import MultiHeadAttention, TransformerEncoderBlock
+
+LATER = torch.ones(T, T, dtype=torch.bool).triu(1)
+
+
+def biases(mask: Tensor, lowest: float) -> Tensor:
+    return torch.linspace(-3, 3, T * T).view(T, T).masked_fill(mask, lowest)
+
+
+AGREEING: dict[str, dict[str, Tensor]] = {
+    "none": {},
+    "causal": {"attn_mask": LATER},
+    "a window": {"attn_mask": LATER | torch.ones(T, T, dtype=torch.bool).tril(-2)},
+    "causal 3-D": {"attn_mask": LATER.expand(1, T, T)},
+    "causal 4-D": {"attn_mask": LATER.expand(1, H, T, T)},
+    "additive": {"attn_mask": biases(LATER, -math.inf)},
+    "additive, lowest float": {"attn_mask": biases(LATER, torch.finfo(torch.float32).min)},
+    "additive, -1e9": {"attn_mask": biases(LATER, -1e9)},
+    "additive, -1e4": {"attn_mask": biases(LATER, -1e4)},
+    "padding": {"key_padding_mask": torch.tensor([[False, True, False, False, False]])},
+    "padding alone": {"key_padding_mask": torch.ones(1, T, dtype=torch.bool)},
+}
+ONE = LATER & (torch.arange(T) != 3).expand(T, T).logical_or(torch.arange(T)[:, None] != 1)  # but query 1 sees key 3
+CONTRADICTING = {
+    "nothing hidden": torch.zeros(T, T, dtype=torch.bool),
+    "one later key": ONE,
+    "the past": LATER.T,
+    "one row": torch.stack((LATER, ONE)),
+    "one head": torch.stack((LATER, LATER, ONE))[None].expand(2, H, T, T),
+    "a bias": torch.zeros(T, T),
+    "a bias at one later key": biases(LATER, -math.inf).masked_fill(LATER & ~ONE, -50.0),
+    "padding over all queries": torch.tensor([False] * 4 + [True]).expand(2, 1, 1, T),
+}
+
+
+class AsksForBoth(nn.Module):
+    """What an exporter records: it can't look at the values of the mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = layer_of()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        attended: Tensor = self.attn(x, attn_mask=mask, is_causal=True)
+        return attended
 
 
 class TestCausality:
-    @pytest.mark.parametrize("extra", ["none", "all may attend", "padding"])
-    def test_no_output_depends_on_a_later_position(self, extra: str) -> None:
+    @pytest.mark.parametrize("masks", AGREEING)
+    def test_no_output_depends_on_a_later_position(self, masks: str) -> None:
         layer, x = layer_of(), torch.randn(1, T, D)
-        masks = {
-            "none": {},
-            "all may attend": {"attn_mask": torch.zeros(T, T, dtype=torch.bool)},
-            "padding": {"key_padding_mask": torch.tensor([[False, True, False, False, False]])},
-        }[extra]
-        before = layer(x, is_causal=True, **masks)
+        before = layer(x, is_causal=True, **AGREEING[masks])
         for t in range(T - 1):
             changed = x.clone()
             changed[:, t + 1 :] += 10
-            after = layer(changed, is_causal=True, **masks)
+            after = layer(changed, is_causal=True, **AGREEING[masks])
             torch.testing.assert_close(after[:, : t + 1], before[:, : t + 1], rtol=0, atol=0)
-            assert not torch.allclose(after[:, t + 1 :], before[:, t + 1 :])
+            assert masks == "padding alone" or not torch.allclose(after[:, t + 1 :], before[:, t + 1 :])
+
+    @pytest.mark.parametrize("masks", [name for name, masks in AGREEING.items() if "attn_mask" in masks])
+    def test_a_mask_that_is_causal_itself_gives_the_same_with_and_without(self, masks: str) -> None:
+        layer, x = layer_of(), torch.randn(1, T, D)
+        torch.testing.assert_close(layer(x, is_causal=True, **AGREEING[masks]), layer(x, **AGREEING[masks]))
+
+    @pytest.mark.parametrize("mask", CONTRADICTING)
+    @pytest.mark.parametrize("block", [False, True])
+    def test_a_mask_that_permits_a_later_key_is_refused(self, mask: str, block: bool) -> None:
+        layer = TransformerEncoderBlock(D, H, 8) if block else layer_of()
+        later = "query 1 attend to the later key 3" if "one" in mask else "query 0 attend to the later key 1"
+        with pytest.raises(ValueError, match=f"is_causal contradicts attn_mask, which lets {later}; hide later keys"):
+            layer(torch.randn(2, T, D), attn_mask=CONTRADICTING[mask], is_causal=True)
+
+    def test_an_exported_program_is_causal_whatever_mask_it_gets(self) -> None:
+        module, x = AsksForBoth().eval(), torch.randn(2, T, D)
+        program = torch.export.export(module, (x, LATER)).module()
+        torch.testing.assert_close(program(x, LATER), module(x, LATER))
+        torch.testing.assert_close(program(x, CONTRADICTING["nothing hidden"]), module(x, LATER))
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    def test_a_traced_program_is_causal_whatever_mask_it_gets(self) -> None:
+        module, x = AsksForBoth().eval(), torch.randn(2, T, D)
+        program = torch.jit.trace(module, (x, LATER), check_trace=False)
+        torch.testing.assert_close(program(x, CONTRADICTING["nothing hidden"]), module(x, LATER))
 
     def test_later_positions_do_count_without_it(self) -> None:
         layer, x = layer_of(), torch.randn(1, T, D)

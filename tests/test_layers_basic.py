@@ -220,6 +220,8 @@ class TestDropout:
         (lambda: RunningNorm(3, momentum=0.0), "RunningNorm: momentum must be above 0 and at most 1, got 0.0"),
         (lambda: RunningNorm(3, momentum=1.5), "RunningNorm: momentum must be above 0 and at most 1, got 1.5"),
         (lambda: RunningNorm(3, momentum=math.nan), "RunningNorm: momentum must be above 0"),
+        (lambda: RunningNorm(3, momentum=None), "RunningNorm: momentum must be above 0 and at most 1, got None"),  # type: ignore[arg-type]
+        (lambda: RunningNorm(3, eps="small"), "RunningNorm: eps must be above 0, got 'small'"),  # type: ignore[arg-type]
         (lambda: RunningNorm(3, eps=0.0), "RunningNorm: eps must be above 0, got 0.0"),
         (lambda: RunningNorm(3, eps=math.nan), "RunningNorm: eps must be above 0, got nan"),
     ],

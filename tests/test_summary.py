@@ -9,6 +9,8 @@ from layercast.models.architectures.simple import SharedWeights, SimpleNet
 from layercast.models.layers import MultiHeadAttention
 from layercast.models.summary import Row, render, summarise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def rows(model: nn.Module, *inputs: Tensor) -> dict[str, Row]:
     return {row.path: row for row in summarise(model, inputs).rows}
@@ -129,7 +131,7 @@ def test_several_inputs_and_nested_outputs() -> None:
         "-",
         "([2, 3], [2])",
     ]
-    assert "for inputs of {y: [4], x: [2, 3]}" in render(Several(), inputs)
+    assert "for inputs of {y: [4], x: [2, 3]}" in render(summary)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -150,6 +152,22 @@ def test_leaves_the_model_as_it_was(fails: bool) -> None:
     assert torch.is_grad_enabled()
 
 
+def test_rows_up_to_a_depth_take_in_what_lies_below() -> None:
+    shared = nn.Linear(3, 3)
+    inner = nn.Sequential(shared, nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    whole = summarise(nn.Sequential(inner, nn.Linear(3, 3).requires_grad_(False), shared), torch.zeros(2, 3))
+    folded = whole.up_to(1)
+    assert [(row.path, row.trainable, row.frozen, row.buffers, row.run.multiply_adds) for row in folded.rows] == [
+        ("", 0, 0, 0, 0),
+        ("0", 12 + 12 + 6, 0, 7, 2 * 2 * 9 + 2 * 9),  # the shared layer runs twice and counts where it is first
+        ("1", 0, 12, 0, 2 * 9),
+        ("2", 0, 0, 0, 0),
+    ]
+    assert folded.up_to(0).rows[0].trainable == whole.trainable == folded.trainable == 30
+    assert (folded.multiply_adds, folded.buffers, folded.modules) == (whole.multiply_adds, whole.buffers, whole.modules)
+    assert whole.up_to(9) == whole
+
+
 def test_text() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -161,7 +179,7 @@ def test_text() -> None:
             logits: Tensor = self.head(self.body(x))
             return logits
 
-    assert render(Net(), torch.zeros(2, 1000)) == "\n".join(
+    assert render(summarise(Net(), torch.zeros(2, 1000))) == "\n".join(
         [
             "module   type         output   trainable  frozen  buffers  multiply-adds",
             "------------------------------------------------------------------------",
@@ -182,7 +200,7 @@ def test_text() -> None:
 
 def test_text_with_parameters() -> None:
     model = nn.Sequential(nn.Linear(4, 3).requires_grad_(False), nn.BatchNorm1d(3, affine=False))
-    lines = [line.strip() for line in render(model, torch.zeros(2, 4), parameters=True).splitlines()]
+    lines = [line.strip() for line in render(summarise(model, torch.zeros(2, 4)), parameters=True).splitlines()]
     assert [line for line in lines if line.endswith(("trainable", "frozen", "buffer"))] == [
         "weight [3, 4] float32 frozen",
         "bias [3] float32 frozen",

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from layercast.client.main import main
 from layercast.models.data import digits
 from layercast.models.training import checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_mnist(directory: Path, rows: int = 60) -> Path:
@@ -135,34 +138,44 @@ def test_ctrl_c_exits_with_130_and_keeps_the_last_good_checkpoint(tmp_path: Path
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint.pt"]
 
 
-class FakeDatasets:
-    """scikit-learn's function, with ten digits of 8×8 whose one bright pixel is the digit's own."""
-
-    @staticmethod
-    def load_digits(return_X_y: bool) -> tuple[np.ndarray, np.ndarray]:  # noqa: N803
-        assert return_X_y
-        labels = np.arange(50) % 10
-        images = np.zeros((50, 64))
-        images[np.arange(50), labels * 6] = 16
-        return images, labels
+def test_patience_stops_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(write_mnist(tmp_path), tmp_path / "out", "--epochs", "500", "--patience", "1") == 0
+    history = json.loads((tmp_path / "out" / "mnist" / "history.json").read_text())
+    losses = [epoch["validation_loss"] for epoch in history]
+    assert len(history) < 500
+    assert losses[-2] == min(losses) < losses[-1]
+    assert f"best epoch {len(history) - 1}, test accuracy" in capsys.readouterr().out
 
 
-def test_digits_stand_in_for_mnist_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setitem(sys.modules, "sklearn", FakeDatasets)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", FakeDatasets)
+def test_digits_are_scikit_learns_enlarged_to_the_shape_of_mnist():
     data = digits.load_digits("mnist")
-    assert data.train_inputs.shape == (40, 1, 28, 28)
-    assert data.test_inputs.shape == (10, 1, 28, 28)
+    small, labels = load_digits(return_X_y=True)
+    assert (len(data.train_inputs), len(data.test_inputs)) == (1438, 359)
+    assert data.train_inputs.shape[1:] == data.test_inputs.shape[1:] == (1, 28, 28)
     assert data.train_inputs.dtype == torch.uint8
-    assert 200 <= int(data.train_inputs.max()) <= 255
-    assert int(data.train_inputs[:, :, :4].max()) == 0
-    for label in range(10):  # pixel k of 8×8 lands at 4 + 2.5 times its row and column
-        image = data.train_inputs[data.train_targets == label][0, 0]
-        row, column = divmod(int(image.argmax()), 28)
-        assert abs(row - (4 + 2.5 * (label * 6 // 8 + 0.5))) < 1.5
-        assert abs(column - (4 + 2.5 * (label * 6 % 8 + 0.5))) < 1.5
+    inputs, targets = (
+        torch.cat([data.train_inputs, data.test_inputs]),
+        torch.cat([data.train_targets, data.test_targets]),
+    )
+    assert torch.equal(torch.bincount(targets), torch.from_numpy(np.bincount(labels)))
+    assert int(inputs[:, :, :4].max()) == int(inputs[:, :, :, -4:].max()) == 0
+    # Bilinear: pixel i of 20 lies at (i + 1/2) · 8/20 - 1/2 of 8, and takes from the two beside it.
+    places = np.clip((np.arange(20) + 0.5) * 8 / 20 - 0.5, 0, 7)
+    weights = np.clip(1 - np.abs(places[:, None] - np.arange(8)), 0, None)
+    wanted = weights @ (small.reshape(-1, 8, 8) / 16 * 255) @ weights.T
+    middle = inputs[:, 0, 4:24, 4:24].flatten(1).double()
+    distance, nearest = torch.cdist(middle, torch.from_numpy(wanted).flatten(1)).min(dim=1)
+    assert sorted(nearest.tolist()) == list(range(1797)), "every digit is there once"
+    assert distance.max() < 20, "of 400 pixels, each rounded by 1/2 at most"
+    assert torch.equal(targets, torch.from_numpy(labels)[nearest])
+
+
+def test_digits_train_a_model_that_can_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "mlp", "--data", "digits", "--epochs", "4", "--output", str(tmp_path)]) == 0
+    card = json.loads((tmp_path / "mlp" / "card.json").read_text())
+    assert card["data"]["name"] == "scikit-learn digits"
+    assert card["metrics"]["accuracy"] > 0.85
+    capsys.readouterr()
     assert main(["train", "resnet", "--data", "digits", "--output", str(tmp_path)]) == 1
     assert_one_line(capsys, "stands in for mnist only, not for cifar10")
 

@@ -8,6 +8,7 @@ from layercast.client.commands.common import add_server_arguments, connect, prin
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
+    parser.epilog = "`layercast models show NAME` shows what is inside one, without a server."
     add_server_arguments(parser)
 
 

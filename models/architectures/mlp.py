@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from layercast.models.layers.activations import activation, dropout_for
 from layercast.models.layers.checks import positive, probability
+from layercast.models.manifest import TensorSpec
 
 
 class Block(nn.Sequential):
@@ -35,14 +36,22 @@ class MLP(nn.Module):
         super().__init__()
         positive("MLP", input_size=input_size, output_size=output_size)
         probability("MLP", dropout=dropout)
+        if not isinstance(hidden_sizes, list | tuple):
+            raise ValueError(
+                f"MLP: hidden_sizes must be a list of sizes, for instance [512, 256], got {hidden_sizes!r}"
+            )
         layers: list[nn.Module] = []
-        size = input_size
+        self.input_size = size = input_size
         for index, hidden in enumerate(hidden_sizes):
             positive("MLP", **{f"hidden_sizes[{index}]": hidden})
             layers += [Block(size, hidden, activation_name), dropout_for(activation_name, dropout)]
             size = hidden
         self.hidden = nn.Sequential(*layers)
         self.head = nn.Linear(size, output_size)
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Return what `forward` takes, batch first."""
+        return (TensorSpec(name="x", datatype="FP32", shape=(-1, self.input_size)),)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return unnormalised class scores."""
@@ -62,6 +71,10 @@ class MNISTClassifier(nn.Module):
         self.net = nn.Sequential(
             Block(784, 512), nn.Dropout(dropout), Block(512, 256), nn.Dropout(dropout), nn.Linear(256, 10)
         )
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Return what `forward` takes, batch first."""
+        return (TensorSpec(name="image", datatype="FP32", shape=(-1, 1, 28, 28), range=(0, 1)),)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return unnormalised class scores."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from layercast.models.layers.checks import positive
 from layercast.models.layers.residual import ResidualBlock
+from layercast.models.manifest import TensorSpec
 
 
 class ResNetLike(nn.Module):
@@ -41,6 +42,10 @@ class ResNetLike(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Return what `forward` takes, batch first; other heights and widths work as well."""
+        return (TensorSpec(name="image", datatype="FP32", shape=(-1, 3, 32, 32), range=(0, 1)),)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return unnormalised class scores."""

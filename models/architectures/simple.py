@@ -5,6 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from layercast.models.layers.checks import positive
+from layercast.models.manifest import TensorSpec
 
 
 class SimpleNet(nn.Module):
@@ -18,6 +19,10 @@ class SimpleNet(nn.Module):
         self.fc1 = nn.Linear(input_size, hidden_size)
         self.relu = nn.ReLU()
         self.fc2 = nn.Linear(hidden_size, output_size)
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Return what `forward` takes, batch first."""
+        return (TensorSpec(name="x", datatype="FP32", shape=(-1, self.fc1.in_features)),)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return unnormalised class scores."""
@@ -35,6 +40,10 @@ class SharedWeights(nn.Module):
         positive("SharedWeights", size=size)
         self.shared = nn.Linear(size, size)
         self.relu = nn.ReLU()
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Return what `forward` takes, batch first."""
+        return (TensorSpec(name="x", datatype="FP32", shape=(-1, self.shared.in_features)),)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return shared(relu(shared(x)))."""

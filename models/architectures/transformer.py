@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from layercast.models.layers.attention import TransformerEncoderBlock
 from layercast.models.layers.checks import positive, probability, recording
+from layercast.models.manifest import TensorSpec
 
 PADDING = 256
 """Token id of padding; ids 0 to 255 are the bytes of the text."""
@@ -69,6 +70,15 @@ class TransformerEncoder(nn.Module):
         with torch.no_grad():
             self.token.weight[PADDING].zero_()
             self.position.weight.copy_(_EMBEDDING_SCALE * _sinusoids(*self.position.weight.shape))
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Return what `forward` takes, batch first."""
+        length = self.max_length
+        return (
+            TensorSpec(
+                name="tokens", datatype="INT64", shape=(-1, -1), range=(0, PADDING), pad=PADDING, max_length=length
+            ),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return unnormalised class scores. Raises ValueError for more tokens than `max_length`."""

@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where NAME/ is written (default: ./trained)",
     )
     parser.add_argument("--epochs", type=_positive, metavar="N", help="train N epochs instead of the recipe's")
+    parser.add_argument(
+        "--patience",
+        type=_positive,
+        metavar="N",
+        help="stop when the validation loss has not improved for N epochs (default: the recipe's, or never)",
+    )
     parser.add_argument("--seed", type=_seed, help="seed of all randomness (default: the recipe's)")
     parser.add_argument(
         "--precision",
@@ -62,7 +68,7 @@ def _train(args: argparse.Namespace, saved: Path) -> int:
     from layercast.models.training.measure import confusion_matrix, figures
     from layercast.models.training.recipes import recipe as find_recipe
 
-    changes = {"epochs": args.epochs, "seed": args.seed}
+    changes = {"epochs": args.epochs, "patience": args.patience, "seed": args.seed}
     recipe = replace(find_recipe(args.name), **{key: value for key, value in changes.items() if value is not None})
     data = recipe.load_data(args.data, args.download)
     options = _options(args.precision, saved)

@@ -59,10 +59,11 @@ def _complete(url: str, remote: Remote, partial: Path, timeout: float) -> str | 
         try:
             problem = _attempt(url, remote, partial, timeout)
         except urllib.error.HTTPError as error:
-            problem = f"the server answered {error.code} {error.reason}"
+            problem = f"the server answered {error.code} {' '.join(str(error.reason).split())}"
             error.close()
             if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                partial.unlink()  # the server's file is shorter than what we hold, so ours is not a part of it
+                # The server's file is shorter than what we hold, so ours is not a part of it.
+                partial.unlink(missing_ok=True)
             elif error.code < http.HTTPStatus.INTERNAL_SERVER_ERROR:
                 return problem  # asking again would not change "not found" or "forbidden"
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:

@@ -25,7 +25,7 @@ def activation(name: str) -> nn.Module:
 
     Raises ValueError listing the known names when `name` is none of them.
     """
-    key = name.lower().replace("-", "_")
+    key = str(name).lower().replace("-", "_")
     if key not in ACTIVATIONS:
         near = difflib.get_close_matches(key, ACTIVATIONS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."

@@ -29,8 +29,13 @@ class MultiHeadAttention(nn.Module):
 
     Masks: `attn_mask` is [T, S], [N, T, S] or [N, H, T, S], boolean (True = may not attend) or additive float, where
     the lowest number of the scores' dtype or less hides as -inf does (in half precision, -1e9 is such a number);
-    `key_padding_mask` is [N, S] boolean (True = padding). `is_causal` is enforced: query t attends to keys ≤ t.
-    A query that may attend to nothing gets zeros before the output projection.
+    `key_padding_mask` is [N, S] boolean (True = padding). A query that may attend to nothing gets zeros before the
+    output projection.
+
+    `is_causal` is enforced, not a hint: query t attends to keys ≤ t. It goes with any padding mask, and with an
+    `attn_mask` that hides every later key itself; one that permits a later key (False, or a bias whose exponential is
+    not 0) contradicts it and raises ValueError. A trace or an export can't look at values: there the two are joined,
+    so that the recorded program is causal whatever mask it is given.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -120,11 +125,29 @@ class MultiHeadAttention(nn.Module):
             masks.append(key_padding_mask[:, None, None, :])
         if is_causal:
             ones = torch.ones(scores.shape[-2], scores.shape[-1], dtype=torch.bool, device=scores.device)
-            masks.append(ones.triu(diagonal=1))
+            later = ones.triu(diagonal=1)
+            if attn_mask is not None:
+                self._refuse_contradiction(attn_mask, later)
+            masks.append(later)
         mask = masks[0] if masks else None
         for other in masks[1:]:
             mask = other if mask is None else mask | other
         return scores, mask
+
+    @staticmethod
+    def _refuse_contradiction(attn_mask: Tensor, later: Tensor) -> None:
+        """Raise ValueError when `attn_mask`, broadcast to four dimensions, permits a key that is `later`."""
+        if recording() or attn_mask.is_meta:
+            return
+        permitted = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.float().exp() > 0
+        wrong = (permitted & later).nonzero()
+        if len(wrong):
+            query, key = wrong[0, -2:].tolist()
+            raise ValueError(
+                f"MultiHeadAttention: is_causal contradicts attn_mask, which lets query {query} attend to the later "
+                f"key {key}; hide later keys in the mask too (torch.ones(T, S, dtype=torch.bool).triu(1) hides just "
+                "them), pass padding as key_padding_mask, or leave is_causal out"
+            )
 
     def _broadcast(self, mask: Tensor) -> Tensor:
         if mask.dtype != torch.bool and not mask.is_floating_point():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layercast.models.layers.checks import positive, recording
+from layercast.models.layers.checks import number, positive, recording
 
 
 class CenteredLayer(nn.Module):
@@ -64,9 +64,9 @@ class RunningNorm(nn.Module):
     def __init__(self, num_features: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
         positive("RunningNorm", num_features=num_features)
-        if not 0.0 < momentum <= 1.0:
+        if not number(momentum) or not 0.0 < momentum <= 1.0:
             raise ValueError(f"RunningNorm: momentum must be above 0 and at most 1, got {momentum!r}")
-        if not eps > 0.0:  # so written that NaN is refused
+        if not number(eps) or not eps > 0.0:  # so written that NaN is refused
             raise ValueError(f"RunningNorm: eps must be above 0, got {eps!r}")
         self.num_features = num_features
         self.momentum = momentum

@@ -15,10 +15,15 @@ def positive(owner: str, **values: int) -> None:
             raise ValueError(f"{owner}: {name} must be a positive whole number, got {value!r}")
 
 
+def number(value: object) -> bool:
+    """Return whether `value` is a real number; True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def probability(owner: str, **values: float) -> None:
     """Raise ValueError naming `owner` and the argument unless every value lies in [0, 1)."""
     for name, value in values.items():
-        if not 0.0 <= value < 1.0:
+        if not number(value) or not 0.0 <= value < 1.0:
             raise ValueError(f"{owner}: {name} must be at least 0 and below 1, got {value!r}")
 
 

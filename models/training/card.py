@@ -66,7 +66,7 @@ def _card(
         "arguments": dict(recipe.arguments),
         "labels": list(data.labels),
         "preprocessing": recipe.preprocessing(),
-        "inputs": [recipe.input_spec()],
+        "inputs": [recipe.input_spec(model)],
         "outputs": [{"name": output_names[0], "datatype": "FP32", "shape": [-1, len(data.labels)]}],
         "data": {
             "name": data.name,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layercast.models.data import Dataset
 from layercast.models.data.cifar import load_cifar10
@@ -15,6 +15,7 @@ from layercast.models.data.digits import load_digits
 from layercast.models.data.idx import load_mnist
 from layercast.models.data.sources import fetch
 from layercast.models.data.text import PADDING, load_sms_spam
+from layercast.models.registry import input_specs
 
 _PIXEL = 1 / 255
 
@@ -96,25 +97,11 @@ class Recipe:
         size = {"width": 28, "height": 28, "scale": _PIXEL}
         return {"kind": "image", "mode": "L", **size, "layout": layout, "background": "dark"}
 
-    def input_spec(self) -> dict[str, Any]:
-        """Return the model's one input as the card and the manifest describe it."""
-        if self.data == "sms_spam":
-            length = self.arguments["max_length"]
-            return {
-                "name": "tokens",
-                "datatype": "INT64",
-                "shape": [-1, -1],
-                "range": [0, 256],
-                "pad": 256,
-                "max_length": length,
-            }
-        shapes = {
-            "MLP": ("x", [-1, 784]),
-            "MNISTClassifier": ("image", [-1, 1, 28, 28]),
-            "ResNetLike": ("image", [-1, 3, 32, 32]),
-        }
-        name, shape = shapes[self.architecture]
-        return {"name": name, "datatype": "FP32", "shape": shape, "range": [0, 1], "pad": None, "max_length": None}
+    def input_spec(self, model: nn.Module) -> dict[str, Any]:
+        """Return the one input of a `model` of this recipe, as the card and the manifest describe it."""
+        (spec,) = input_specs(model)
+        pixels = {} if self.data == "sms_spam" else {"range": [0, 1]}
+        return {**spec.model_dump(mode="json"), **pixels}
 
 
 _DIGITS: dict[str, Any] = {
