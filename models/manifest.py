@@ -114,14 +114,15 @@ class Int8(_Strict):
     """What the program `onnx-int8` costs, against the program `onnx`, measured on rows that did not calibrate it.
 
     `method` is `static` (the ranges of activations were recorded from `calibration_rows` rows of `data`) or `dynamic`
-    (they are found for every batch). Differences are absolute, over all outputs. `agreement` is the share of rows
-    whose largest class score is of the same class, None where the first output is no [N, C]. `accuracy` of both
-    programs is there where the rows had targets. `tolerance` is how far the program may be from the golden outputs.
+    (they are found for every batch, and no row calibrates). Differences are absolute, over all outputs. `agreement` is
+    the share of rows whose largest class score is of the same class, None where the first output is no [N, C].
+    `accuracy` of both programs is there where the rows had targets. `tolerance` is how far the program may be from the
+    golden outputs.
     """
 
     method: Literal["static", "dynamic"]
     data: str
-    calibration_rows: int = Field(ge=1)
+    calibration_rows: int = Field(ge=0)
     measured_rows: int = Field(ge=1)
     largest_difference: float = Field(ge=0)
     mean_difference: float = Field(ge=0)

@@ -105,7 +105,7 @@ def _engines(
 
 
 def _check_golden(engine: Engine, recorded: Golden, manifest: Manifest) -> None:
-    """Raise LoadError unless the engine reproduces the outputs that the export recorded, int8 as near as it was then."""
+    """Raise LoadError unless the engine reproduces the recorded outputs; int8, as nearly as the export found."""
     tolerance = manifest.int8.tolerance if manifest.int8 and engine.name == "onnx-int8" else _TOLERANCE
     got = engine.run(recorded.inputs)
     for name, wanted in recorded.outputs.items():

@@ -75,4 +75,5 @@ def summary(int8: Int8) -> str:
         parts.append(f"same class {int8.agreement:.2%}")
     if int8.accuracy:
         parts.append(f"accuracy {int8.accuracy['onnx']:.2%} -> {int8.accuracy['onnx-int8']:.2%}")
-    return f"{', '.join(parts)} on {int8.measured_rows:,} rows ({int8.method}, {int8.calibration_rows} to calibrate)"
+    calibrated = f", {int8.calibration_rows:,} rows to calibrate" if int8.calibration_rows else ""
+    return f"{', '.join(parts)} on {int8.measured_rows:,} rows ({int8.method}{calibrated})"

@@ -34,18 +34,18 @@ class _PaddedSelfAttention(RewriteRuleClassBase):
         joined = op.Transpose(op.MatMul(weights, v), perm=[0, 2, 1, 3])
         return op.Reshape(joined, pattern.ANY_VALUE, _outputs=["attended"])
 
-    def check(self, context: Any, **found: ir.Value) -> MatchResult:
+    def check(self, op: Any, *args: Any, **found: Any) -> MatchResult:
         """Accept what the operator computes: float32, known head count, constant weights, a mask over keys alone."""
         result = MatchResult()
         heads, hidden = found["heads"], found["hidden"]
-        if heads.dtype != ir.DataType.FLOAT or heads.shape is None or not isinstance(heads.shape[1], int):
+        if heads.dtype != ir.DataType.FLOAT or _head_count(heads) is None:
             return result.fail("want float32 and a constant number of heads", heads)
         if _padding(hidden) is None:
             return result.fail("want a mask [N, 1, 1, S] that was [N, S]", hidden)
         constants = [found[f"{kind}{name}"] for name in _PROJECTIONS for kind in "wb"]
         if any(value.const_value is None for value in (*constants, found["scale"], found["lowest"], found["zero"])):
             return result.fail("want constant weights, scale and fill values")
-        if found["lowest"].const_value.numpy() != np.finfo(np.float32).min or found["zero"].const_value.numpy() != 0:
+        if _constant(found["lowest"]) != np.finfo(np.float32).min or _constant(found["zero"]) != 0:
             return result.fail("want hidden scores filled with the lowest number and their weights with zero")
         return result
 
@@ -55,17 +55,16 @@ class _PaddedSelfAttention(RewriteRuleClassBase):
     ) -> Any:  # fmt: skip
         """Return the operator on the three projections side by side, with a mask of what counts."""
         weights, biases = (
-            np.concatenate([found[f"{kind}{name}"].const_value.numpy() for name in _PROJECTIONS], axis=-1)
-            for kind in "wb"
+            np.concatenate([_constant(found[f"{kind}{name}"]) for name in _PROJECTIONS], axis=-1) for kind in "wb"
         )
         return op.Attention(
             x,
             op.initializer(ir.tensor(weights), f"{attended.name}.weights"),
             op.initializer(ir.tensor(biases), f"{attended.name}.biases"),
             op.Cast(op.Not(_padding(hidden)), to=_INT32),
-            num_heads=heads.shape[1],
-            scale=1 / float(scale.const_value.numpy()),
-            mask_filter_value=float(lowest.const_value.numpy()),
+            num_heads=_head_count(heads),
+            scale=1 / float(_constant(scale)),
+            mask_filter_value=float(_constant(lowest)),
             _domain=DOMAIN,
             _version=1,
         )
@@ -73,6 +72,18 @@ class _PaddedSelfAttention(RewriteRuleClassBase):
     @staticmethod
     def _project(op: Any, x: Any, weight: Any, bias: Any) -> Any:
         return op.Reshape(op.Add(op.MatMul(x, weight), bias), pattern.ANY_VALUE)
+
+
+def _head_count(heads: ir.Value) -> int | None:
+    """Return H of a value [N, H, T, D], None if it is not constant."""
+    count = heads.shape[1] if heads.shape is not None and len(heads.shape) == 4 else None
+    return count if isinstance(count, int) else None
+
+
+def _constant(value: ir.Value) -> Any:
+    if value.const_value is None:
+        raise ValueError(f"{value.name} is no constant")
+    return value.const_value.numpy()
 
 
 def _padding(hidden: ir.Value) -> ir.Value | None:
@@ -86,5 +97,6 @@ def _padding(hidden: ir.Value) -> ir.Value | None:
 
 def fuse(model: ir.Model) -> tuple[ir.Model, int]:
     """Return `model` with every attention that matches rewritten, and how many there were; `model` is changed."""
-    rewritten: ir.Model = rewrite(model, [_PaddedSelfAttention.rule()])
+    rule = _PaddedSelfAttention.rule()  # type: ignore[no-untyped-call]
+    rewritten: ir.Model = rewrite(model, [rule])
     return rewritten, sum(node.op_type == "Attention" and node.domain == DOMAIN for node in rewritten.graph)

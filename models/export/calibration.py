@@ -87,7 +87,5 @@ def _fitted(array: Array, spec: TensorSpec, path: Path) -> Array:
 
 def _rows(targets: Array, path: Path) -> dict[str, int]:
     if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
-        raise CalibrationError(
-            f"{path}: {TARGETS}: want whole numbers [N], got {targets.dtype} {list(targets.shape)}"
-        )
+        raise CalibrationError(f"{path}: {TARGETS}: want whole numbers [N], got {targets.dtype} {list(targets.shape)}")
     return {TARGETS: len(targets)}

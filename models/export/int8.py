@@ -20,7 +20,6 @@ from layercast.models.export.calibration import Calibration
 from layercast.models.export.checks import ExportError
 from layercast.models.export.parity import BATCHES, Runner, onnx_runner
 from layercast.models.manifest import Int8
-from layercast.models.onnx_runtime import onnxruntime as onnxruntime  # first: switches the telemetry off
 
 _BATCH: Final = 32
 _SLACK: Final = 2.0
@@ -124,20 +123,20 @@ def _measure(
     if not np.isfinite(apart).all():
         raise ExportError("the onnx-int8 program or the float one gives values that are not finite on the rows given")
     scores = wanted[0].ndim == 2 and wanted[0].shape[1] > 1
-    classes = {"onnx": wanted[0].argmax(-1), "onnx-int8": got[0].argmax(-1)} if scores else {}
+    classes: dict[Literal["onnx", "onnx-int8"], Array] = {}
+    if scores:
+        classes = {"onnx": wanted[0].argmax(-1), "onnx-int8": got[0].argmax(-1)}
     targets = calibration.targets
-    on_golden = max(
-        float(np.abs(one - other).max()) for one, other in zip(plain(golden), int8(golden), strict=True)
-    )
+    on_golden = max(float(np.abs(one - other).max()) for one, other in zip(plain(golden), int8(golden), strict=True))
     return Int8(
         method=method,
         data=calibration.data,
-        calibration_rows=len(next(iter(calibration.rows.values()))),
+        calibration_rows=len(next(iter(calibration.rows.values()))) if method == "static" else 0,
         measured_rows=len(wanted[0]),
         largest_difference=float(apart.max()),
         mean_difference=float(apart.mean()),
         agreement=float((classes["onnx"] == classes["onnx-int8"]).mean()) if scores else None,
-        accuracy={} if targets is None else {  # type: ignore[arg-type]
+        accuracy={} if targets is None else {
             program: float((found == targets).mean()) for program, found in classes.items()
         },
         tolerance=_SLACK * on_golden + _ROUNDING,

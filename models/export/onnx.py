@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from layercast.models.examples import KINDS, Examples
 from layercast.models.export.checks import ExportError
 from layercast.models.export.exported import EXAMPLE_BATCH, dynamic_shapes
+from layercast.models.export.operators import untranslated
 from layercast.models.export.parity import difference_of, onnx_runner
 from layercast.models.manifest import TensorSpec
 
@@ -45,6 +46,9 @@ def write(
     except ImportError as error:
         raise ExportError(f"ONNX export needs {error.name}: pip install 'layercast[export]'") from error
     except Exception as error:
+        missing = untranslated(program, error)
+        if missing:
+            raise ExportError(f"{name}: ONNX opset {OPSET} has nothing for the operator {missing}") from error
         raise ExportError(
             f"{name}: ONNX export failed: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error

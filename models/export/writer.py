@@ -77,7 +77,9 @@ def export_artefact(
         _write_golden(module, checked, stage)
         written = list(_write_programs(module, checked, examples, stage, programs, report))
         int8 = _write_int8(checked, stage, calibration) if calibration else None
-        made = (*(done.program for done in written), *(["onnx-int8"] if int8 else []))
+        made: list[Program] = [done.program for done in written]
+        if int8:
+            made.append("onnx-int8")
         manifest = Manifest(
             name=checked.name,
             version=version,

@@ -25,7 +25,7 @@ class OnnxEngine:
     ) -> None:
         if name == "onnx-int8" and device.type != "cpu":
             raise EngineError('engine onnx-int8 runs on the CPU; set device = "cpu" for this model')
-        self.name = name
+        self.name: str = name
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
