@@ -61,8 +61,9 @@ def _export(folder: Path, target: Path, args: argparse.Namespace) -> None:
     # other take ten times as long.
     torch.set_num_threads(1)
 
+    label = f"{folder.name} {target.name}"
+
     def report(written: Written) -> None:
-        label = f"{folder.name} {target.name}"
         print(
             f"{label:<16} {written.program:<12} max difference {written.largest:.1e}  {written.seconds:.1f} s",
             flush=True,
@@ -76,7 +77,7 @@ def _export(folder: Path, target: Path, args: argparse.Namespace) -> None:
         module_from_card(folder), card, target, force=args.force, report=report, calibration=calibration
     )
     if manifest.int8:
-        print(f"{folder.name} {target.name:<10} onnx-int8    {quantize.summary(manifest.int8)}", flush=True)
+        print(f"{label:<16} onnx-int8    {quantize.summary(manifest.int8)}", flush=True)
     size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     seconds = time.perf_counter() - start
     print(f"wrote {target}  {len(manifest.layers)} layers, {size:.1f} MB, {seconds:.1f} s", flush=True)
