@@ -14,7 +14,8 @@ from layercast.client import Client
 from layercast.client.main import main
 from layercast.models import zoo
 from layercast.models.artefact import module_from_card
-from layercast.models.export.calibration import Calibration
+from layercast.models.card import Card
+from layercast.models.export.calibration import Calibration, CalibrationError
 from layercast.models.export.writer import export_artefact
 from layercast.models.manifest import Manifest, ManifestError
 from layercast.models.onnx_runtime import onnxruntime
@@ -192,6 +193,20 @@ def test_calibration_rows_that_do_not_fit_are_refused(tmp_path, capsys, arrays, 
     assert message in told
     assert "rows.npz" in told
     assert not (tmp_path / "out" / "mnist" / "1").exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.full((8, 20), 257), r"tokens: want \[0.0, 256.0\], got values from 257 to 257"),
+        (np.zeros((8, 33), int), r"tokens: want at most 32 long, got \[8, 33\]"),
+        (np.zeros((8, 20)), r"tokens: want int64 \[-1, -1\] .* got float64 \[8, 20\]"),
+    ],
+)
+def test_tokens_that_the_model_cannot_take_are_refused(tmp_path, tokens, message):
+    np.savez(tmp_path / "rows.npz", tokens=tokens)
+    with pytest.raises(CalibrationError, match=message):
+        Calibration.from_npz(tmp_path / "rows.npz", Card.check(card_of("transformer")).inputs)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,10 @@ def _load(path: Path) -> dict[str, Array]:
 
 def _fitted(array: Array, spec: TensorSpec, path: Path) -> Array:
     """Return `array` in the input's dtype; whole numbers and floats convert within their kind."""
+    if spec.datatype in ("BF16", "BYTES"):
+        raise CalibrationError(
+            f"{path}: {spec.name}: numpy has no {spec.datatype}, so no file can calibrate this model"
+        )
     dtype = np.dtype(str(TORCH_DTYPES[spec.datatype]).removeprefix("torch."))
     fits = array.ndim == len(spec.shape) and all(
         want in (-1, size) for want, size in zip(spec.shape, array.shape, strict=True)
@@ -82,6 +86,12 @@ def _fitted(array: Array, spec: TensorSpec, path: Path) -> Array:
             f"{path}: {spec.name}: want {dtype} {list(spec.shape)} (-1: any size), "
             f"got {array.dtype} {list(array.shape)}"
         )
+    if any(array.shape[place] > (spec.max_length or array.shape[place]) for place in spec.dynamic_dimensions()):
+        raise CalibrationError(f"{path}: {spec.name}: want at most {spec.max_length} long, got {list(array.shape)}")
+    if spec.range and array.size and array.dtype.kind in "iu":
+        low, high = int(array.min()), int(array.max())
+        if low < spec.range[0] or high > spec.range[1]:
+            raise CalibrationError(f"{path}: {spec.name}: want {list(spec.range)}, got values from {low} to {high}")
     return np.ascontiguousarray(array, dtype)
 
 
