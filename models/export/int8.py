@@ -118,7 +118,10 @@ def _check_sizes(plain: Runner, int8: Runner, card: Card) -> None:
 def _measure(
     plain: Runner, int8: Runner, method: Method, calibration: Calibration, golden: Mapping[str, torch.Tensor]
 ) -> Int8:
-    wanted, got = _run(plain, calibration.held_out), _run(int8, calibration.held_out)
+    try:
+        wanted, got = _run(plain, calibration.held_out), _run(int8, calibration.held_out)
+    except Exception as error:
+        raise ExportError(f"the rows of {calibration.data} cannot be computed: {error}") from error
     apart = np.concatenate([np.abs(one - other).ravel() for one, other in zip(wanted, got, strict=True)])
     if not np.isfinite(apart).all():
         raise ExportError("the onnx-int8 program or the float one gives values that are not finite on the rows given")
