@@ -15,7 +15,12 @@ SCHEMA_VERSION: Final = 1
 MANIFEST_FILE: Final = "manifest.json"
 WEIGHTS_FILE: Final = "weights.safetensors"
 GOLDEN_FILE: Final = "golden.safetensors"
-PROGRAM_FILES: Final = {"torchscript": "model.ts", "onnx": "model.onnx", "exported": "model.pt2"}
+PROGRAM_FILES: Final = {
+    "torchscript": "model.ts",
+    "onnx": "model.onnx",
+    "exported": "model.pt2",
+    "onnx-int8": "model.int8.onnx",
+}
 
 DATATYPES: Final = (
     "BOOL",
@@ -26,7 +31,7 @@ DATATYPES: Final = (
 )  # fmt: skip
 """Datatypes of the Open Inference Protocol."""
 
-Program = Literal["torchscript", "onnx", "exported"]
+Program = Literal["torchscript", "onnx", "exported", "onnx-int8"]
 
 
 class ManifestError(ValueError):
@@ -105,6 +110,27 @@ class FileEntry(_Strict):
     bytes: int = Field(ge=0)
 
 
+class Int8(_Strict):
+    """What the program `onnx-int8` costs, against the program `onnx`, measured on rows that did not calibrate it.
+
+    `method` is `static` (the ranges of activations were recorded from `calibration_rows` rows of `data`) or `dynamic`
+    (they are found for every batch, and no row calibrates). Differences are absolute, over all outputs. `agreement` is
+    the share of rows whose largest class score is of the same class, None where the first output is no [N, C].
+    `accuracy` of both programs is there where the rows had targets. `tolerance` is how far the program may be from the
+    golden outputs.
+    """
+
+    method: Literal["static", "dynamic"]
+    data: str
+    calibration_rows: int = Field(ge=0)
+    measured_rows: int = Field(ge=1)
+    largest_difference: float = Field(ge=0)
+    mean_difference: float = Field(ge=0)
+    agreement: float | None = Field(default=None, ge=0, le=1)
+    accuracy: dict[Literal["onnx", "onnx-int8"], float] = {}
+    tolerance: float = Field(gt=0)
+
+
 class Manifest(_Strict):
     """Contents of `manifest.json`. Every file name in it is a plain name inside the artefact's directory."""
 
@@ -122,6 +148,8 @@ class Manifest(_Strict):
     programs: dict[Program, str] = {}
     golden: str = GOLDEN_FILE
     parity: dict[Program, dict[int, float]] = {}
+    opsets: dict[str, int] = {}
+    int8: Int8 | None = None
     metrics: dict[str, JsonValue] = {}
     licence: str = ""
     data: dict[str, JsonValue] = {}
@@ -148,6 +176,8 @@ class Manifest(_Strict):
         for name in (WEIGHTS_FILE, self.golden, *self.programs.values()):
             if name not in self.files:
                 raise ValueError(f"files: {name!r} is used but not listed")
+        if ("onnx-int8" in self.programs) != (self.int8 is not None):
+            raise ValueError("int8: want its figures with a program onnx-int8, and only then")
         return self
 
     @cached_property

@@ -49,7 +49,7 @@ def load(directory: Path, settings: ModelSettings, threads: int) -> Loaded:
     except (ValueError, OSError, RuntimeError, EngineError) as error:
         raise LoadError(_without_paths(str(error), directory)) from error
     for engine in engines.values():
-        _check_golden(engine, recorded)
+        _check_golden(engine, recorded, manifest)
     timed = {name: _time(engine, _rows(recorded.inputs, _TIMED_ROWS)) for name, engine in engines.items()}
     fast = min(timed, key=lambda name: timed[name]) if settings.engine == "auto" else settings.engine
     logger.info("%s: %s", manifest.name, ", ".join(f"{name} {ms:.2f} ms" for name, ms in timed.items()))
@@ -84,6 +84,7 @@ def _engines(
         "torchscript": lambda: programs.torchscript(directory, manifest, device),
         "exported": lambda: programs.exported(directory, manifest, device),
         "onnx": lambda: OnnxEngine(directory, manifest, device, threads),
+        "onnx-int8": lambda: OnnxEngine(directory, manifest, device, threads, "onnx-int8"),
     }
     wanted: list[str] = ["eager"]
     if settings.engine == "auto":
@@ -103,8 +104,9 @@ def _engines(
     return engines
 
 
-def _check_golden(engine: Engine, recorded: Golden) -> None:
-    """Raise LoadError unless the engine reproduces the outputs that the export recorded."""
+def _check_golden(engine: Engine, recorded: Golden, manifest: Manifest) -> None:
+    """Raise LoadError unless the engine reproduces the recorded outputs; int8, as nearly as the export found."""
+    tolerance = manifest.int8.tolerance if manifest.int8 and engine.name == "onnx-int8" else _TOLERANCE
     got = engine.run(recorded.inputs)
     for name, wanted in recorded.outputs.items():
         if got[name].shape != wanted.shape:
@@ -112,7 +114,7 @@ def _check_golden(engine: Engine, recorded: Golden) -> None:
                 f"engine {engine.name}, output {name!r}: want shape {list(wanted.shape)} as recorded at the export, "
                 f"got {list(got[name].shape)}"
             )
-        if not np.allclose(got[name], wanted, rtol=_TOLERANCE, atol=_TOLERANCE):
+        if not np.allclose(got[name], wanted, rtol=_TOLERANCE, atol=tolerance):
             worst = float(np.max(np.abs(got[name].astype("f8") - wanted.astype("f8"))))
             raise LoadError(
                 f"engine {engine.name}, output {name!r} differs from the golden output by up to {worst:.3g}; "

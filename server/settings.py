@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from layercast.server.errors import StartError
 
-EngineName = Literal["auto", "eager", "torchscript", "onnx", "exported"]
+EngineName = Literal["auto", "eager", "torchscript", "onnx", "exported", "onnx-int8"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 _MODEL_FILE = "layercast.toml"
@@ -31,7 +31,7 @@ class ModelSettings(BaseModel):
     max_delay_ms: float = Field(default=1.0, ge=0, le=10_000, description="how long the first row waits for others, ms")
     queue_rows: int = Field(default=16_384, ge=1, le=10_000_000, description="rows that may wait; more are refused")
     engine: EngineName = Field(
-        default="auto", description="what runs plain predictions; auto takes the fastest measured"
+        default="auto", description="what runs plain predictions; auto takes the fastest measured, but never onnx-int8"
     )
     device: DeviceName = Field(default="auto", description="where models run; auto takes a GPU if there is one")
 

@@ -3,12 +3,14 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import card_of
 from torch import nn
 
 from layercast.models.artefact import ArtefactError, assert_eval, golden, load_module
+from layercast.models.export import exported, torchscript
 from layercast.models.export.checks import ExportError
 from layercast.models.export.writer import export_artefact
 from layercast.models.hooks import registered_hooks
@@ -21,6 +23,8 @@ def test_an_artefact_holds_every_program_and_its_parity(repository, modules, nam
     directory = repository / name / "1"
     manifest = Manifest.read(directory)
     manifest.verify_files(directory)
+    assert {path.name for path in directory.iterdir()} == {*manifest.files, "manifest.json"}
+    assert not any(tensor.external_data for tensor in onnx.load(directory / "model.onnx").graph.initializer)
     assert set(manifest.programs) == {"torchscript", "onnx", "exported"}
     for program in manifest.programs:
         assert set(manifest.parity[program]) == {1, 2, 5, 32}
@@ -31,15 +35,22 @@ def test_an_artefact_holds_every_program_and_its_parity(repository, modules, nam
     np.testing.assert_allclose(next(iter(recorded.outputs.values())), wanted, atol=1e-6)
 
 
-def test_the_onnx_program_takes_any_batch_and_any_length(repository, modules):
-    session = onnxruntime.InferenceSession(
-        repository / "transformer" / "1" / "model.onnx", providers=["CPUExecutionProvider"]
-    )
-    for rows, length in ((1, 1), (1, 10), (4, 17), (7, 32)):
-        tokens = np.random.default_rng(0).integers(0, 257, (rows, length))
-        (got,) = session.run(None, {"tokens": tokens})
+def onnx_program(directory, manifest):
+    session = onnxruntime.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
+    return lambda tokens: torch.from_numpy(session.run(None, {"tokens": tokens.numpy()})[0])
+
+
+@pytest.mark.parametrize("load", [onnx_program, torchscript.load, exported.load])
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_program_takes_any_batch_and_any_length(repository, modules, load, padded):
+    directory = repository / "transformer" / "1"
+    program = load(directory, Manifest.read(directory))
+    for rows, length in ((1, 10), (4, 10), (4, 17), (1, 1), (7, 32)):
+        tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (rows, length)))
+        if padded:
+            tokens[:, (length + 1) // 2 :] = 256
         with torch.inference_mode():
-            np.testing.assert_allclose(got, modules["transformer"](torch.from_numpy(tokens)).numpy(), atol=1e-4)
+            torch.testing.assert_close(program(tokens), modules["transformer"](tokens), atol=1e-4, rtol=0)
 
 
 def test_a_loaded_module_is_the_exported_one(repository, modules):

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from layercast.models import zoo
+from layercast.models.commands import quantize
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,10 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing.add_argument("--force", action="store_true", help="replace a version that exists")
     existing.add_argument("--keep", action="store_true", help="leave a version that exists, without an error")
     parser.add_argument("--zoo", type=Path, default=zoo.ZOO, metavar="DIR", help="take models from this folder")
+    quantize.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Export the chosen models; return 0, 1 when one could not be exported, 2 for bad arguments."""
+    if wrong := quantize.fault(args):
+        return _complain(wrong, 2)
     if bool(args.names) == args.all:
         return _complain("name the models to export, or pass --all", 2)
     try:
@@ -37,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         if args.keep and target.exists():
             continue
         try:
-            _export(folder, target, args.force)
+            _export(folder, target, args)
         except (ValueError, OSError) as error:
             if args.keep and target.exists():  # another process was faster
                 continue
@@ -45,29 +49,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _export(folder: Path, target: Path, force: bool) -> None:
+def _export(folder: Path, target: Path, args: argparse.Namespace) -> None:
     # Here, not above: --help and a refusal need no torch.
     import torch
 
     from layercast.models.artefact import module_from_card
-    from layercast.models.card import CARD_FILE
+    from layercast.models.card import CARD_FILE, Card
     from layercast.models.export.writer import Written, export_artefact, refuse_existing
 
     # One thread: these models are small, and where another process keeps the cores busy, threads that wait for each
     # other take ten times as long.
     torch.set_num_threads(1)
 
+    label = f"{folder.name} {target.name}"
+
     def report(written: Written) -> None:
-        label = f"{folder.name} {target.name}"
         print(
             f"{label:<16} {written.program:<12} max difference {written.largest:.1e}  {written.seconds:.1f} s",
             flush=True,
         )
 
-    refuse_existing(target, force)
+    refuse_existing(target, args.force)
     start = time.perf_counter()
     card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
-    manifest = export_artefact(module_from_card(folder), card, target, force=force, report=report)
+    calibration = quantize.calibration_of(args, Card.check(card))
+    manifest = export_artefact(
+        module_from_card(folder), card, target, force=args.force, report=report, calibration=calibration
+    )
+    if manifest.int8:
+        print(f"{label:<16} onnx-int8    {quantize.summary(manifest.int8)}", flush=True)
     size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     seconds = time.perf_counter() - start
     print(f"wrote {target}  {len(manifest.layers)} layers, {size:.1f} MB, {seconds:.1f} s", flush=True)

@@ -3,6 +3,7 @@
 from inspect import Parameter as _Parameter
 from inspect import signature
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,7 @@ def check_interface(module: nn.Module, card: Card, examples: Examples) -> None:
     if needed - set(inputs) or (set(inputs) - named and _Parameter.VAR_KEYWORD not in kinds.values()):
         raise ExportError(f"{card.name}: the card's inputs are {inputs}, forward takes {list(parameters)}")
     for batch in (1, 2):
-        with torch.no_grad():
-            result = module(**examples.make(batch))
+        result = _forward(module, card, examples.make(batch), batch)
         try:
             outputs = named_outputs(result, [spec.name for spec in card.outputs])
         except ValueError as error:
@@ -76,12 +76,20 @@ def check_rows(module: nn.Module, card: Card, examples: Examples, layers: list[L
     rows = examples.make(5)
     with torch.no_grad():
         together = named_outputs(module(**rows), names)
-        alone = [named_outputs(module(**_row(rows, index)), names) for index in range(5)]
+        again = named_outputs(module(**rows), names)
+        single = [{name: value[index : index + 1] for name, value in rows.items()} for index in range(5)]
+        alone = [named_outputs(module(**row), names) for row in single]
     for name in names:
+        if _apart(together[name], [again[name]]):
+            raise ExportError(
+                f"{card.name}: output {name!r} is another when the same rows come again, first in "
+                f"{_first_apart(module, rows, [rows], layers)}; a program must answer alike (no noise outside "
+                f"training, no state that a forward changes)"
+            )
         if _apart(together[name], [outputs[name] for outputs in alone]):
             raise ExportError(
                 f"{card.name}: output {name!r} of a row depends on the other rows of its batch, first in "
-                f"{_first_mixing(module, rows, layers)}; compute per row (no mean or norm over dimension 0)"
+                f"{_first_apart(module, rows, single, layers)}; compute per row (no mean or norm over dimension 0)"
             )
 
 
@@ -104,15 +112,22 @@ def describe(module: nn.Module, path: str) -> str:
     return f"module {path!r} ({type(module.get_submodule(path)).__name__})"
 
 
+def _forward(module: nn.Module, card: Card, inputs: dict[str, Tensor], batch: int) -> Any:
+    try:
+        with torch.no_grad():
+            return module(**inputs)
+    except Exception as error:
+        raise ExportError(
+            f"{card.name}: at batch {batch}, with inputs made from the card, {module_at(error, module)} fails: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def _fits(value: Tensor, batch: int, shape: tuple[int, ...]) -> bool:
     wanted = (batch, *shape[1:])
     return value.dim() == len(wanted) and all(
         want in (-1, size) for want, size in zip(wanted, value.shape, strict=True)
     )
-
-
-def _row(rows: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    return {name: value[index : index + 1] for name, value in rows.items()}
 
 
 def _apart(together: Tensor, alone: list[Tensor]) -> bool:
@@ -122,12 +137,15 @@ def _apart(together: Tensor, alone: list[Tensor]) -> bool:
     return not torch.allclose(single.double(), together.double(), rtol=_ROW_LIMIT, atol=_ROW_LIMIT, equal_nan=True)
 
 
-def _first_mixing(module: nn.Module, rows: dict[str, Tensor], layers: list[LayerSpec]) -> str:
+def _first_apart(
+    module: nn.Module, rows: dict[str, Tensor], parts: list[dict[str, Tensor]], layers: list[LayerSpec]
+) -> str:
+    """Return the first layer that gives other values for `rows` together than for the `parts` that they consist of."""
     names = [layer.path for layer in layers if layer.available]
     if names:
         with torch.no_grad(), FeatureExtractor(module, names) as extractor:
             together = extractor.run(**rows).features
-            alone = [extractor.run(**_row(rows, index)).features for index in range(5)]
+            alone = [extractor.run(**part).features for part in parts]
         for layer in layers:
             if layer.available and _apart(together[layer.path], [features[layer.path] for features in alone]):
                 return f"{layer.path!r} ({layer.type})"

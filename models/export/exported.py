@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from layercast.models.export.checks import ExportError, module_at
+from layercast.models.export.checks import ExportError, describe, module_at
+from layercast.models.export.operators import check_captured
 from layercast.models.export.positional import Positional
 from layercast.models.manifest import Manifest, TensorSpec
 
@@ -27,14 +28,53 @@ def capture(
         with warnings.catch_warnings():
             # torch's own use of a deprecated class of its own
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
-            return torch.export.export(
+            program = torch.export.export(
                 module, tuple(inputs.values()), dynamic_shapes=(dynamic_shapes(specs),), strict=False
             )
     except Exception as error:
+        frozen = _freezes(module, inputs, specs)
+        if frozen is not None:
+            raise ExportError(
+                f"{name}: {describe(module.module, frozen)} takes the batch size or a length as a constant; compute "
+                f"with x.shape[0] as it is, without int(), .item(), a list over rows, or a branch on it"
+            ) from error
         raise ExportError(
             f"{name}: torch.export failed in {module_at(error, module.module)}: {_essence(error)}; the usual "
             f"causes are a size taken as a constant and a branch on values"
         ) from error
+    check_captured(program, name)
+    return program
+
+
+def _freezes(module: Positional, inputs: Mapping[str, Tensor], specs: Sequence[TensorSpec]) -> str | None:
+    """Capture again and return the path of the first module after which a free size is a constant, None if none is."""
+    paths = {part: path for path, part in module.module.named_modules()}
+    given: list[Tensor] = []
+    found: list[str] = []
+
+    def enter(_: nn.Module, tensors: tuple[Tensor, ...]) -> None:
+        given[:] = tensors
+
+    def leave(part: nn.Module, _: object, __: object) -> None:
+        sizes = [tensor.shape[place] for tensor, free in zip(given, places, strict=True) for place in free]
+        if not found and any(_constant(size) for size in sizes):
+            found.append(paths[part])
+
+    places = dynamic_shapes(specs)
+    handles = [module.register_forward_pre_hook(enter)]
+    handles += [part.register_forward_hook(leave, always_call=True) for part in paths]
+    try:
+        torch.export.export(module, tuple(inputs.values()), dynamic_shapes=(places,), strict=False)
+    except Exception:
+        return found[0] if found else None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+def _constant(size: int | torch.SymInt) -> bool:
+    return not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None
 
 
 def dynamic_shapes(specs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:

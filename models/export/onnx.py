@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from layercast.models.examples import KINDS, Examples
 from layercast.models.export.checks import ExportError
-from layercast.models.export.exported import dynamic_shapes
+from layercast.models.export.exported import EXAMPLE_BATCH, dynamic_shapes
+from layercast.models.export.operators import untranslated
+from layercast.models.export.parity import difference_of, onnx_runner
 from layercast.models.manifest import TensorSpec
 
 OPSET: Final = 20
 """Version of the ONNX operators that programs use; ONNX Runtime has run it since 1.17."""
 
+_FUSED_LIMIT: Final = 1e-5
 _LOGGER: Final = "torch.onnx._internal.exporter._registration"
 
 
@@ -42,14 +46,56 @@ def write(
     except ImportError as error:
         raise ExportError(f"ONNX export needs {error.name}: pip install 'layercast[export]'") from error
     except Exception as error:
+        missing = untranslated(program, error)
+        if missing:
+            raise ExportError(f"{name}: ONNX opset {OPSET} has nothing for the operator {missing}") from error
         raise ExportError(
             f"{name}: ONNX export failed: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     if translated is None:
         raise ExportError(f"{name}: torch.onnx.export returned nothing. This is a bug.")
-    model = translated.model_proto
-    _strip(model.graph)
-    path.write_bytes(model.SerializeToString())
+    plain = _serialise(translated.model)
+    fused = _fused(plain)
+    path.write_bytes(fused if fused and _agree(plain, fused, specs, outputs) else plain)
+
+
+def opsets(content: bytes) -> dict[str, int]:
+    """Return the version of every set of operators that the ONNX model in `content` uses, by domain."""
+    import onnx
+
+    return {part.domain or "ai.onnx": part.version for part in onnx.load_from_string(content).opset_import}
+
+
+def _serialise(model: Any) -> bytes:
+    import onnx_ir
+
+    proto = onnx_ir.to_proto(model)
+    _strip(proto.graph)
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+def _fused(content: bytes) -> bytes | None:
+    """Return the model with its attention in ONNX Runtime's own operator; None where there is no such attention."""
+    import onnx
+    import onnx_ir
+
+    from layercast.models.export.attention import fuse
+
+    model, count = fuse(onnx_ir.from_proto(onnx.load_from_string(content)))
+    return _serialise(model) if count else None
+
+
+def _agree(plain: bytes, fused: bytes, specs: Sequence[TensorSpec], outputs: Sequence[str]) -> bool:
+    """Tell whether both models give the same, also for rows that are all padding, where attention may differ."""
+    examples = Examples(specs)
+    one, other = onnx_runner(plain, outputs), onnx_runner(fused, outputs)
+    for length in examples.lengths():
+        for kind in KINDS:
+            inputs = examples.make(EXAMPLE_BATCH, length, kind)
+            if any(difference_of(a, b) > _FUSED_LIMIT for a, b in zip(other(inputs), one(inputs), strict=True)):
+                return False
+    return True
 
 
 def _strip(graph: Any) -> None:

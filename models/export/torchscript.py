@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.jit._trace import TracerWarning
 
 from layercast.models.export.checks import ExportError, module_at
+from layercast.models.export.operators import check_traced
 from layercast.models.export.positional import Positional
 from layercast.models.manifest import Manifest
 
@@ -39,13 +40,21 @@ def write(module: Positional, inputs: Mapping[str, Tensor], path: Path, name: st
             program = torch.jit.trace(  # type: ignore[no-untyped-call]
                 module, tuple(inputs.values()), check_trace=False
             )
+            check_traced(program, module, name)
             torch.jit.save(program, path)
+    except ExportError:
+        raise
     except TracerWarning as error:
         raise ExportError(
             f"{name}: a TorchScript trace would freeze what it saw in {module_at(error, module.module)}: "
             f"{str(error).splitlines()[0]}"
         ) from error
     except Exception as error:
+        if isinstance(error.__cause__, TracerWarning):  # raised where torch is written in C++, which wraps it
+            raise ExportError(
+                f"{name}: a TorchScript trace would freeze what it saw in {module_at(error, module.module)}: "
+                f"{str(error.__cause__).splitlines()[0]}"
+            ) from error
         raise ExportError(
             f"{name}: tracing failed in {module_at(error, module.module)}: {type(error).__name__}: {error}"
         ) from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import safetensors.torch
 import torch
@@ -18,13 +18,15 @@ from layercast.models.artefact import build, load_weights, save_weights
 from layercast.models.card import Card
 from layercast.models.examples import Examples
 from layercast.models.export import exported, onnx, parity, torchscript
+from layercast.models.export.calibration import Calibration
 from layercast.models.export.checks import ExportError, check_interface, check_rows, check_state
+from layercast.models.export.int8 import write as quantise
 from layercast.models.export.positional import Positional, named_outputs
 from layercast.models.layer_index import build_index
-from layercast.models.manifest import GOLDEN_FILE, PROGRAM_FILES, WEIGHTS_FILE, Manifest, Program, file_entry
+from layercast.models.manifest import GOLDEN_FILE, PROGRAM_FILES, WEIGHTS_FILE, Int8, Manifest, Program, file_entry
 from layercast.models.versions import tool_versions
 
-PROGRAMS: Final[tuple[Program, ...]] = get_args(Program)
+PROGRAMS: Final[tuple[Program, ...]] = ("torchscript", "onnx", "exported")
 GOLDEN_ROWS: Final = 4
 _GOLDEN_SEED: Final = 20
 
@@ -51,11 +53,13 @@ def export_artefact(
     programs: Sequence[Program] = PROGRAMS,
     force: bool = False,
     report: Callable[[Written], None] = lambda written: None,
+    calibration: Calibration | None = None,
 ) -> Manifest:
     """Export `module`, in eval mode on the CPU, as the version that `directory` (…/NAME/VERSION) is named after.
 
     Everything is written beside `directory` and renamed into place once all checks have passed, so that a directory
-    of that name is always whole. An existing one is refused unless `force`. `report` is told of every program.
+    of that name is always whole. An existing one is refused unless `force`. `report` is told of every program. With
+    `calibration`, the ONNX program is also quantised to int8, and the manifest says what that costs.
     ExportError says which module or program is at fault.
     """
     directory = Path(directory)
@@ -72,6 +76,10 @@ def export_artefact(
         _check_weights(module, checked, examples, stage)
         _write_golden(module, checked, stage)
         written = list(_write_programs(module, checked, examples, stage, programs, report))
+        int8 = _write_int8(checked, stage, calibration) if calibration else None
+        made: list[Program] = [done.program for done in written]
+        if int8:
+            made.append("onnx-int8")
         manifest = Manifest(
             name=checked.name,
             version=version,
@@ -83,8 +91,10 @@ def export_artefact(
             preprocessing=checked.preprocessing,
             labels=checked.labels,
             layers=tuple(layers),
-            programs={done.program: PROGRAM_FILES[done.program] for done in written},
+            programs={program: PROGRAM_FILES[program] for program in made},
             parity={done.program: done.parity for done in written},
+            opsets=_opsets(stage),
+            int8=int8,
             metrics=checked.metrics,
             licence=checked.licence,
             data=checked.data,
@@ -134,6 +144,19 @@ def _write_programs(
         done = Written(program, differences, time.perf_counter() - start)
         report(done)
         yield done
+
+
+def _write_int8(card: Card, stage: Path, calibration: Calibration) -> Int8:
+    source = stage / PROGRAM_FILES["onnx"]
+    if not source.exists():
+        raise ExportError(f"{card.name}: int8 is made from the program onnx, which is not there")
+    golden = Examples.of(card, seed=_GOLDEN_SEED)
+    return quantise(source, stage / PROGRAM_FILES["onnx-int8"], card, calibration, golden, GOLDEN_ROWS)
+
+
+def _opsets(stage: Path) -> dict[str, int]:
+    path = stage / PROGRAM_FILES["onnx"]
+    return onnx.opsets(path.read_bytes()) if path.exists() else {}
 
 
 def _check_weights(module: nn.Module, card: Card, examples: Examples, stage: Path) -> None:

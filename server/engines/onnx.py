@@ -1,6 +1,7 @@
 """Engine on ONNX Runtime."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -12,18 +13,26 @@ _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider",
 
 
 class OnnxEngine:
-    """Runs `model.onnx` with ONNX Runtime on the CPU or a CUDA device."""
+    """Runs `model.onnx` with ONNX Runtime on the CPU or a CUDA device, or the int8 program on the CPU."""
 
-    name = "onnx"
-
-    def __init__(self, directory: Path, manifest: Manifest, device: torch.device, threads: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        device: torch.device,
+        threads: int,
+        name: Literal["onnx", "onnx-int8"] = "onnx",
+    ) -> None:
+        if name == "onnx-int8" and device.type != "cpu":
+            raise EngineError('engine onnx-int8 runs on the CPU; set device = "cpu" for this model')
+        self.name: str = name
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # Idle threads that spin would take the CPU from the event loop.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        content = manifest.read_verified(directory, manifest.programs["onnx"])
+        content = manifest.read_verified(directory, manifest.programs[name])
         providers = _PROVIDERS[device.type]
         self._session = onnxruntime.InferenceSession(content, options, providers=providers)
         # Asked for a provider that it can't load, ONNX Runtime falls back to the CPU without an error.
