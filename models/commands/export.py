@@ -1,17 +1,25 @@
-"""`layercast export`: writes models of the zoo as artefacts that the server loads."""
+"""`layercast export`: writes models of the zoo, or a module of anyone's, as artefacts that the server loads."""
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layercast.models import zoo
+from layercast.models.commands import export_module
+
+if TYPE_CHECKING:
+    from layercast.models.export.writer import Written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="models of the zoo to export")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="models of the zoo, or one package.module:factory of an nn.Module"
+    )
     parser.add_argument("--all", action="store_true", help="export every model of the zoo")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="write DIR/NAME/VERSION")
     parser.add_argument("--version", type=_version, default=1, metavar="N", help="version to write (default: 1)")
@@ -19,10 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing.add_argument("--force", action="store_true", help="replace a version that exists")
     existing.add_argument("--keep", action="store_true", help="leave a version that exists, without an error")
     parser.add_argument("--zoo", type=Path, default=zoo.ZOO, metavar="DIR", help="take models from this folder")
+    export_module.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Export the chosen models; return 0, 1 when one could not be exported, 2 for bad arguments."""
+    if export_module.is_asked_for(args):
+        return _run_module(args)
+    if given := export_module.given_options(args):
+        return _complain(f"{given[0]} goes with package.module:factory or --file, not with models of the zoo", 2)
     if bool(args.names) == args.all:
         return _complain("name the models to export, or pass --all", 2)
     try:
@@ -45,32 +58,74 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_module(args: argparse.Namespace) -> int:
+    try:
+        order = export_module.order_of(args)
+    except export_module.UsageFault as error:
+        return _complain(str(error), 2)
+    except (ValueError, OSError) as error:
+        return _complain(str(error), 1)
+    target = args.output / order.name / str(args.version)
+    if args.keep and target.exists():
+        return 0
+    from layercast.models.foreign.export import export_module as export
+    from layercast.models.foreign.factory import NameFault
+    from layercast.models.foreign.inputs import InputFault
+
+    _one_thread()
+    start = time.perf_counter()
+    try:
+        manifest = export(
+            order, target, force=args.force, report=_Reporter(target),
+            say=lambda line: print(" ".join(line.split()), flush=True),
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        if args.keep and target.exists():
+            return 0
+        return _complain(str(error), 2 if isinstance(error, NameFault | InputFault) else 1)
+    _done(target, len(manifest.layers), [entry.bytes for entry in manifest.files.values()], start)
+    return 0
+
+
 def _export(folder: Path, target: Path, force: bool) -> None:
     # Here, not above: --help and a refusal need no torch.
-    import torch
-
     from layercast.models.artefact import module_from_card
     from layercast.models.card import CARD_FILE
-    from layercast.models.export.writer import Written, export_artefact, refuse_existing
+    from layercast.models.export.writer import export_artefact, refuse_existing
 
-    # One thread: these models are small, and where another process keeps the cores busy, threads that wait for each
-    # other take ten times as long.
-    torch.set_num_threads(1)
-
-    def report(written: Written) -> None:
-        label = f"{folder.name} {target.name}"
-        print(
-            f"{label:<16} {written.program:<12} max difference {written.largest:.1e}  {written.seconds:.1f} s",
-            flush=True,
-        )
-
+    _one_thread()
     refuse_existing(target, force)
     start = time.perf_counter()
     card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
-    manifest = export_artefact(module_from_card(folder), card, target, force=force, report=report)
-    size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+    manifest = export_artefact(module_from_card(folder), card, target, force=force, report=_Reporter(target))
+    _done(target, len(manifest.layers), [entry.bytes for entry in manifest.files.values()], start)
+
+
+class _Reporter:
+    """Prints a line for every program written to `target`, …/NAME/VERSION."""
+
+    def __init__(self, target: Path) -> None:
+        self._label = f"{target.parent.name} {target.name}"
+
+    def __call__(self, written: "Written") -> None:
+        print(
+            f"{self._label:<16} {written.program:<12} max difference {written.largest:.1e}  {written.seconds:.1f} s",
+            flush=True,
+        )
+
+
+def _one_thread() -> None:
+    """Compute on one thread: where another process keeps the cores busy, threads that wait for each other take ten
+    times as long, and these models are small.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _done(target: Path, layers: int, sizes: Sequence[int], start: float) -> None:
     seconds = time.perf_counter() - start
-    print(f"wrote {target}  {len(manifest.layers)} layers, {size:.1f} MB, {seconds:.1f} s", flush=True)
+    print(f"wrote {target}  {layers} layers, {sum(sizes) / 1e6:.1f} MB, {seconds:.1f} s", flush=True)
 
 
 def _version(text: str) -> int:
@@ -80,7 +135,7 @@ def _version(text: str) -> int:
 
 
 def _complain(text: str, code: int) -> int:
-    print(f"layercast: {text}", file=sys.stderr)
+    print("layercast:", " ".join(text.split()), file=sys.stderr)
     return code
 
 

@@ -46,6 +46,11 @@ def write(module: Positional, inputs: Mapping[str, Tensor], path: Path, name: st
             f"{str(error).splitlines()[0]}"
         ) from error
     except Exception as error:
+        if isinstance(error.__cause__, TracerWarning):  # raised where torch is written in C++, which wraps it
+            raise ExportError(
+                f"{name}: a TorchScript trace would freeze what it saw in {module_at(error, module.module)}: "
+                f"{str(error.__cause__).splitlines()[0]}"
+            ) from error
         raise ExportError(
             f"{name}: tracing failed in {module_at(error, module.module)}: {type(error).__name__}: {error}"
         ) from error

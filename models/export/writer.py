@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, get_args
 
 import safetensors.torch
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from layercast.models.artefact import build, load_weights, save_weights
 from layercast.models.card import Card
@@ -20,6 +22,8 @@ from layercast.models.examples import Examples
 from layercast.models.export import exported, onnx, parity, torchscript
 from layercast.models.export.checks import ExportError, check_interface, check_rows, check_state
 from layercast.models.export.positional import Positional, named_outputs
+from layercast.models.foreign.factory import Code
+from layercast.models.foreign.trust import ARTEFACT_CODE, Trust
 from layercast.models.layer_index import build_index
 from layercast.models.manifest import GOLDEN_FILE, PROGRAM_FILES, WEIGHTS_FILE, Manifest, Program, file_entry
 from layercast.models.versions import tool_versions
@@ -51,11 +55,15 @@ def export_artefact(
     programs: Sequence[Program] = PROGRAMS,
     force: bool = False,
     report: Callable[[Written], None] = lambda written: None,
+    code: Code | None = None,
+    left_out: Callable[[Program, str], None] | None = None,
 ) -> Manifest:
     """Export `module`, in eval mode on the CPU, as the version that `directory` (…/NAME/VERSION) is named after.
 
     Everything is written beside `directory` and renamed into place once all checks have passed, so that a directory
-    of that name is always whole. An existing one is refused unless `force`. `report` is told of every program.
+    of that name is always whole. An existing one is refused unless `force`. `report` is told of every program. `code`
+    is the source file that the architecture comes from, and is kept in the artefact. With `left_out`, a program that
+    cannot be written is told to it with the reason, and the others do; without it, every program must come out right.
     ExportError says which module or program is at fault.
     """
     directory = Path(directory)
@@ -69,15 +77,18 @@ def export_artefact(
     check_rows(module, checked, examples, layers)
     with _staged(directory, force) as stage:
         save_weights(module, stage / WEIGHTS_FILE)
-        _check_weights(module, checked, examples, stage)
+        if code:
+            (stage / code.name).write_bytes(code.content)
+        _check_weights(module, checked, examples, stage, code)
         _write_golden(module, checked, stage)
-        written = list(_write_programs(module, checked, examples, stage, programs, report))
+        written = list(_write_programs(module, checked, examples, stage, programs, report, left_out))
         manifest = Manifest(
             name=checked.name,
             version=version,
             description=checked.description,
             architecture=checked.architecture,
             arguments=checked.arguments,
+            code=code.name if code else "",
             inputs=checked.inputs,
             outputs=checked.outputs,
             preprocessing=checked.preprocessing,
@@ -109,36 +120,62 @@ def _version(directory: Path) -> int:
 
 def _write_programs(
     module: nn.Module, card: Card, examples: Examples, stage: Path, programs: Sequence[Program],
-    report: Callable[[Written], None],
+    report: Callable[[Written], None], left_out: Callable[[Program, str], None] | None,
 ) -> Iterator[Written]:  # fmt: skip
-    outputs = [spec.name for spec in card.outputs]
-    wrapped = Positional(module, [spec.name for spec in card.inputs], outputs)
-    inputs = examples.make(exported.EXAMPLE_BATCH)
-    tried = parity.cases(module, examples, outputs)
-    captured = None
+    writer = _Programs(module, card, examples, stage)
+    reasons = []
     for program in programs:
         start = time.perf_counter()
-        path = stage / PROGRAM_FILES[program]
-        if program == "torchscript":
-            torchscript.write(wrapped, inputs, path, card.name)
-            run = parity.torch_runner(torchscript.load_bytes(path.read_bytes()))
-        else:
-            captured = captured or exported.capture(wrapped, inputs, card.inputs, card.name)
-            if program == "onnx":
-                onnx.write(captured, inputs, card.inputs, outputs, path, card.name)
-                run = parity.onnx_runner(path.read_bytes(), outputs)
-            else:
-                exported.write(captured, path)
-                run = parity.torch_runner(exported.load_bytes(path.read_bytes()))
-        differences = parity.measure(program, run, tried, card.name)
+        try:
+            differences = writer.write(program)
+        except ExportError as error:
+            if left_out is None:
+                raise
+            (stage / PROGRAM_FILES[program]).unlink(missing_ok=True)
+            reasons.append(str(error))
+            left_out(program, str(error))
+            continue
         done = Written(program, differences, time.perf_counter() - start)
         report(done)
         yield done
+    if len(reasons) == len(programs):
+        raise ExportError(f"{card.name}: no program could be written: {reasons[0]}")
 
 
-def _check_weights(module: nn.Module, card: Card, examples: Examples, stage: Path) -> None:
-    """Refuse an architecture that the registry cannot build again, or that gives other answers with these weights."""
-    again = build(card.architecture, card.arguments)
+class _Programs:
+    """Writes programs of one module and holds them against it."""
+
+    def __init__(self, module: nn.Module, card: Card, examples: Examples, stage: Path) -> None:
+        self._card = card
+        self._stage = stage
+        self._outputs = [spec.name for spec in card.outputs]
+        self._wrapped = Positional(module, [spec.name for spec in card.inputs], self._outputs)
+        self._inputs = examples.make(exported.EXAMPLE_BATCH)
+        self._tried = parity.cases(module, examples, self._outputs)
+
+    @cached_property
+    def _captured(self) -> ExportedProgram:
+        return exported.capture(self._wrapped, self._inputs, self._card.inputs, self._card.name)
+
+    def write(self, program: Program) -> dict[int, float]:
+        """Write `program` and return how far it is from the module, by batch size."""
+        path, card = self._stage / PROGRAM_FILES[program], self._card
+        if program == "torchscript":
+            torchscript.write(self._wrapped, self._inputs, path, card.name)
+            run = parity.torch_runner(torchscript.load_bytes(path.read_bytes()))
+        elif program == "onnx":
+            onnx.write(self._captured, self._inputs, card.inputs, self._outputs, path, card.name)
+            run = parity.onnx_runner(path.read_bytes(), self._outputs)
+        else:
+            exported.write(self._captured, path)
+            run = parity.torch_runner(exported.load_bytes(path.read_bytes()))
+        return parity.measure(program, run, self._tried, card.name)
+
+
+def _check_weights(module: nn.Module, card: Card, examples: Examples, stage: Path, code: Code | None) -> None:
+    """Refuse an architecture that cannot be built again, or that gives other answers with these weights."""
+    trust = Trust.of([ARTEFACT_CODE if code else card.architecture])  # its code made `module`, in this process
+    again = build(card.architecture, card.arguments, trust, code)
     load_weights(again, (stage / WEIGHTS_FILE).read_bytes(), WEIGHTS_FILE)
     outputs = [spec.name for spec in card.outputs]
     inputs = examples.make(2)
