@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -208,15 +208,28 @@ def _staged(directory: Path, force: bool) -> Iterator[Path]:
         stage.chmod(0o777 & ~_umask())  # mkdtemp's are private, but a server may run as another user
         yield stage
         if force and directory.exists():
-            # A directory cannot be renamed over a full one: the old one steps aside first.
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-            directory.rename(old / directory.name)
-            stage.rename(directory)
-            shutil.rmtree(old)
+            _replace(stage, directory)
         else:
             _take_place(stage, directory)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace(stage: Path, directory: Path) -> None:
+    """Put `stage` where `directory` is, which steps aside first: a directory cannot be renamed over a full one."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+    old = aside / directory.name
+    try:
+        with suppress(FileNotFoundError):  # another process replaces it too
+            directory.rename(old)
+        try:
+            _take_place(stage, directory)
+        except BaseException:
+            if old.exists() and not directory.exists():
+                old.rename(directory)
+            raise
+    finally:
+        shutil.rmtree(aside)
 
 
 def _take_place(stage: Path, directory: Path) -> None:
