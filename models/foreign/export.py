@@ -2,9 +2,12 @@
 
 import difflib
 import inspect
+import io
+import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -68,8 +71,7 @@ def export_module(
     for spec in inputs:
         if "INT" in spec.datatype and spec.range is None:
             say(f"input {spec.name} has no value range: a server will take any number; give one as {{LOW..HIGH}}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other people's code while it is traced; ours raises
+    with _quiet():
         try:
             return _export(module, inputs, order, directory, force, report, say)
         except ExportError:
@@ -77,6 +79,21 @@ def export_module(
         except (RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
             first = next(iter(str(error).splitlines()), "")
             raise ExportError(f"{module_at(error, module)} failed: {type(error).__name__}: {first}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Mute warnings of other people's code while it is traced, and the pages that torch logs and prints where that
+    fails: what matters is raised.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _export(
