@@ -138,7 +138,7 @@ def _write_programs(
         done = Written(program, differences, time.perf_counter() - start)
         report(done)
         yield done
-    if len(reasons) == len(programs):
+    if programs and len(reasons) == len(programs):
         raise ExportError(f"{card.name}: no program could be written: {reasons[0]}")
 
 
