@@ -47,6 +47,15 @@ class Mixing(nn.Module):
     def forward(self, x):
         return x - x.mean(0, keepdim=True)
 
+class Large(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside, self.linear = nn.Linear(3, 500), nn.Linear(500, 2)
+        nn.init.normal_(self.linear.weight, 0, 3e4)
+
+    def forward(self, x):
+        return self.linear(self.inside(x))
+
 class Bare(nn.Module):
     def forward(self, *inputs):
         return inputs[0]
@@ -262,3 +271,12 @@ def test_a_whole_number_without_a_range_is_pointed_out(export):
     assert [line for line in lines if "no value range" in line] == [
         "input tokens has no value range: a server will take any number; give one as {LOW..HIGH}"
     ]
+
+
+def test_rounding_is_measured_by_the_size_of_the_values(export, tmp_path):
+    code, lines, _ = export("Large", *X)
+    assert code == 0
+    manifest = written(tmp_path, "large")
+    assert set(manifest.programs) == {"torchscript", "onnx", "exported"}
+    assert max(manifest.parity["onnx"].values()) > 1e-4, "the case is one in which it matters"
+    assert not [line for line in lines if "torchscript left out" in line]
