@@ -142,7 +142,7 @@ def test_outputs_are_found_by_running_the_module(form):
         ),
         (
             lambda x: x[:, :4].reshape(-1, 16),
-            "Returning itself fails on the example at batch 2, length 1: RuntimeError",
+            r"Returning itself fails on the example at batch 2, length 1: RuntimeError",
         ),
     ],
 )

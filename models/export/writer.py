@@ -132,7 +132,7 @@ def _write_programs(
             if left_out is None:
                 raise
             (stage / PROGRAM_FILES[program]).unlink(missing_ok=True)
-            reasons.append(str(error))
+            reasons.append(str(error).removeprefix(f"{card.name}: "))
             left_out(program, str(error))
             continue
         done = Written(program, differences, time.perf_counter() - start)

@@ -119,7 +119,7 @@ def _export(
     }
 
     def left_out(program: Program, reason: str) -> None:
-        say(f"{program} left out: {reason}")
+        say(f"{program} left out: {reason.removeprefix(f'{order.name}: ')}")
 
     return export_artefact(module, card, directory, force=force, report=report, code=order.code, left_out=left_out)
 

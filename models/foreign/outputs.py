@@ -30,6 +30,9 @@ class _Trial:
     length: int
     entries: dict[str, Any]
 
+    def __str__(self) -> str:
+        return _at(self.batch, self.length)
+
 
 def derive_outputs(module: nn.Module, examples: Examples) -> Derived:
     """Run `module` on several batches and lengths and describe what it returns; entries that are None do not count.
@@ -39,11 +42,11 @@ def derive_outputs(module: nn.Module, examples: Examples) -> Derived:
     """
     first, *further = examples.lengths()
     tried = [(2, first), (3, first), (1, first), *((2, length) for length in further)]
-    trials = [_Trial(batch, length, _run(module, examples, batch, length)) for batch, length in tried]
+    trials = [_Trial(batch, length, _run(module, examples, batch, length, length != first)) for batch, length in tried]
     names = list(trials[0].entries)
     for trial in trials[1:]:
         if list(trial.entries) != names:
-            raise ExportError(f"it returns {names} at {_at(trials[0])}, but {list(trial.entries)} at {_at(trial)}")
+            raise ExportError(f"it returns {names} at {trials[0]}, but {list(trial.entries)} at {trial}")
     outputs, left_out = [], []
     for name in names:
         reason = _refusal(name, trials)
@@ -56,15 +59,16 @@ def derive_outputs(module: nn.Module, examples: Examples) -> Derived:
     return Derived(tuple(outputs), tuple(left_out))
 
 
-def _run(module: nn.Module, examples: Examples, batch: int, length: int) -> dict[str, Any]:
+def _run(module: nn.Module, examples: Examples, batch: int, length: int, is_other: bool) -> dict[str, Any]:
     try:
         with torch.no_grad():
             result = module(**examples.make(batch, length))
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
-        where = f"batch {batch}" + (f", length {length}" if length else "")
+        hint = "; bound the dynamic size with <=MAX, or fix it" if is_other else ""
         raise ExportError(
-            f"{module_at(error, module)} fails on the example at {where}: {type(error).__name__}: {first}"
+            f"{module_at(error, module)} fails on the example at {_at(batch, length)}: {type(error).__name__}: "
+            f"{first}{hint}"
         ) from error
     try:
         entries = named_entries(result)
@@ -82,7 +86,7 @@ def _refusal(name: str, trials: Sequence[_Trial]) -> str:
         if datatype_of(value.dtype) is None:
             return f"values of {value.dtype} cannot be sent"
         if value.dim() == 0 or value.shape[0] != trial.batch:
-            return f"its shape is {list(value.shape)} at {_at(trial)}, which is not one row for each row of the batch"
+            return f"its shape is {list(value.shape)} at {trial}, which is not one row for each row of the batch"
         if value.dim() != trials[0].entries[name].dim():
             return "its number of dimensions changes"
     two, three = (trial.entries[name].shape[1:] for trial in trials[:2])
@@ -95,5 +99,5 @@ def _spec(name: str, values: Sequence[Tensor]) -> TensorSpec:
     return TensorSpec(name=name, datatype=datatype_of(values[0].dtype) or "", shape=shape)
 
 
-def _at(trial: _Trial) -> str:
-    return f"batch {trial.batch}" + (f", length {trial.length}" if trial.length else "")
+def _at(batch: int, length: int) -> str:
+    return f"batch {batch}" + (f", length {length}" if length else "")
