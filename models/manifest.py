@@ -83,6 +83,11 @@ class TensorSpec(_Strict):
         """Return the dimensions besides the batch whose size a caller chooses."""
         return tuple(index for index, size in enumerate(self.shape) if index and size == -1)
 
+    @property
+    def is_mask(self) -> bool:
+        """Whether the values are zeros and ones, padded with zeros, that tell which tokens of a row count."""
+        return self.pad == 0 and self.range == (0, 1)
+
 
 class LayerSpec(_Strict):
     """One tensor that a module inside the model returns.
@@ -132,7 +137,11 @@ class Int8(_Strict):
 
 
 class Manifest(_Strict):
-    """Contents of `manifest.json`. Every file name in it is a plain name inside the artefact's directory."""
+    """Contents of `manifest.json`. Every file name in it is a plain name inside the artefact's directory.
+
+    `architecture` is a name of the registry, `package.module:factory` of an installed package, or, with the source
+    file in `code`, `net.py:factory`.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -140,6 +149,7 @@ class Manifest(_Strict):
     description: str = ""
     architecture: str = Field(min_length=1)
     arguments: dict[str, JsonValue] = {}
+    code: str = ""
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     preprocessing: dict[str, JsonValue] | None = None
@@ -173,7 +183,9 @@ class Manifest(_Strict):
         for name in self.files:
             if name in ("", ".", "..", MANIFEST_FILE) or any(mark in name for mark in "/\\\0:"):
                 raise ValueError(f"files: {name!r} is not a plain file name")
-        for name in (WEIGHTS_FILE, self.golden, *self.programs.values()):
+        if self.code and not self.architecture.startswith(f"{self.code}:"):
+            raise ValueError(f"architecture: want {self.code}:NAME for the code in {self.code}")
+        for name in (WEIGHTS_FILE, self.golden, *self.programs.values(), *filter(None, [self.code])):
             if name not in self.files:
                 raise ValueError(f"files: {name!r} is used but not listed")
         if ("onnx-int8" in self.programs) != (self.int8 is not None):

@@ -10,8 +10,9 @@ from typing import Final
 import numpy as np
 import torch
 
-from layercast.models.artefact import Golden, assert_eval, golden, load_module
-from layercast.models.manifest import Manifest
+from layercast.models.artefact import NO_TRUST, Golden, assert_eval, golden, load_module, refusal
+from layercast.models.foreign.trust import Trust
+from layercast.models.manifest import WEIGHTS_FILE, Manifest
 from layercast.server.engines import programs
 from layercast.server.engines.base import Engine, EngineError, Inputs
 from layercast.server.engines.eager import EagerEngine
@@ -33,18 +34,22 @@ class LoadError(Exception):
     """A version can't be served; the text says why, without paths, since clients read it in the repository index."""
 
 
-def load(directory: Path, settings: ModelSettings, threads: int) -> Loaded:
+def load(directory: Path, settings: ModelSettings, threads: int, trust: Trust = NO_TRUST) -> Loaded:
     """Load the artefact in `directory`, ready to answer. Blocks for seconds: call it in a thread.
 
-    Raises LoadError for a file that differs from the manifest, a module in training mode, outputs that differ from
-    the golden ones, or an engine or device that is not to be had.
+    A module whose code is not layercast's own and not in `trust` is not built: its exported programs answer, and all
+    its layers are marked unavailable with the reason. Raises LoadError for a file that differs from the manifest, code
+    that does not give a module, one in training mode, outputs that differ from the golden ones, or an engine or device
+    that is not to be had.
     """
     start = time.perf_counter()
     try:
         manifest = Manifest.read(directory)
         manifest.verify_files(directory)
         device = choose_device(settings.device)
-        engines = _engines(directory, manifest, settings, device, threads)
+        untrusted = refusal(manifest, trust)
+        eager = None if untrusted else _eager(directory, manifest, device, trust)
+        engines = _engines(directory, manifest, settings, device, threads, eager, untrusted)
         recorded = golden(directory, manifest)
     except (ValueError, OSError, RuntimeError, EngineError) as error:
         raise LoadError(_without_paths(str(error), directory)) from error
@@ -53,13 +58,15 @@ def load(directory: Path, settings: ModelSettings, threads: int) -> Loaded:
     timed = {name: _time(engine, _rows(recorded.inputs, _TIMED_ROWS)) for name, engine in engines.items()}
     fast = min(timed, key=lambda name: timed[name]) if settings.engine == "auto" else settings.engine
     logger.info("%s: %s", manifest.name, ", ".join(f"{name} {ms:.2f} ms" for name, ms in timed.items()))
-    eager = engines["eager"]
-    if not isinstance(eager, EagerEngine):
-        raise TypeError("this is a bug: the eager engine is of another class")
+    if untrusted:
+        logger.warning("%s: layers are not available: %s", manifest.name, untrusted)
+        manifest = _without_layers(manifest, untrusted)
     runner = Runner(manifest, engines[fast], eager)
     _time(runner.fast, _rows(recorded.inputs, settings.max_batch), runs=1)
     warmup_ms = _time(runner.fast, _rows(recorded.inputs, 1))
-    return Loaded(manifest, settings, runner, time.perf_counter() - start, warmup_ms)
+    memory = eager.memory_bytes if eager else manifest.files[WEIGHTS_FILE].bytes
+    note = f"layers are not available: {untrusted}" if untrusted else ""
+    return Loaded(manifest, settings, runner, time.perf_counter() - start, warmup_ms, memory, note)
 
 
 def choose_device(name: str) -> torch.device:
@@ -73,26 +80,35 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _engines(
-    directory: Path, manifest: Manifest, settings: ModelSettings, device: torch.device, threads: int
-) -> dict[str, Engine]:
-    """Load the eager engine, which layers need, and the engines that may serve plain predictions."""
-    module = load_module(directory, manifest)
+def _eager(directory: Path, manifest: Manifest, device: torch.device, trust: Trust) -> EagerEngine:
+    module = load_module(directory, manifest, trust)
     assert_eval(module)
+    return EagerEngine(module.to(device), manifest, device)
+
+
+def _engines(
+    directory: Path,
+    manifest: Manifest,
+    settings: ModelSettings,
+    device: torch.device,
+    threads: int,
+    eager: EagerEngine | None,
+    untrusted: str,
+) -> dict[str, Engine]:
+    """Load the engines that may serve plain predictions; `untrusted` says why there is no eager one."""
     loaders: dict[str, Callable[[], Engine]] = {
-        "eager": lambda: EagerEngine(module.to(device), manifest, device),
         "torchscript": lambda: programs.torchscript(directory, manifest, device),
         "exported": lambda: programs.exported(directory, manifest, device),
         "onnx": lambda: OnnxEngine(directory, manifest, device, threads),
         "onnx-int8": lambda: OnnxEngine(directory, manifest, device, threads, "onnx-int8"),
     }
-    wanted: list[str] = ["eager"]
+    wanted: list[str] = [settings.engine]
     if settings.engine == "auto":
-        wanted += [name for name in _CANDIDATES if name in manifest.programs]
-    elif settings.engine != "eager":
-        wanted.append(settings.engine)
-    engines: dict[str, Engine] = {}
+        wanted = [name for name in _CANDIDATES if name in manifest.programs]
+    engines: dict[str, Engine] = {"eager": eager} if eager else {}
     for name in wanted:
+        if name == "eager":
+            continue
         try:
             engines[name] = loaders[name]()
         except EngineError as error:
@@ -101,7 +117,21 @@ def _engines(
             logger.warning("%s: engine %s left out: %s", manifest.name, name, error)
         except KeyError:
             raise EngineError(f"engine {name} is asked for, but the artefact has no such program") from None
+    if settings.engine == "eager" and untrusted:
+        raise EngineError(f"engine eager is asked for, but {untrusted}")
+    if not engines:
+        also = ", or set engine to exported, whose program can run code as it loads" * ("exported" in manifest.programs)
+        raise EngineError(f"no program of it can run without its module, and {untrusted}{also}")
     return engines
+
+
+def _without_layers(manifest: Manifest, reason: str) -> Manifest:
+    """Return `manifest` with every layer marked unavailable for `reason`, unless it has a reason of its own."""
+    layers = tuple(
+        layer.model_copy(update={"available": False, "reason": reason}) if layer.available else layer
+        for layer in manifest.layers
+    )
+    return Manifest.model_validate(manifest.model_dump() | {"layers": layers})
 
 
 def _check_golden(engine: Engine, recorded: Golden, manifest: Manifest) -> None:

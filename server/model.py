@@ -15,13 +15,18 @@ _SHORTEST_BUCKET = 16
 
 @dataclass(frozen=True)
 class Loaded:
-    """A version that was loaded, checked and warmed up; `warmup_ms` is one warm forward of one row."""
+    """A version that was loaded, checked and warmed up; `warmup_ms` is one warm forward of one row.
+
+    `memory_bytes` is what parameters and buffers take, `note` what an operator should know of a version that answers.
+    """
 
     manifest: Manifest
     settings: ModelSettings
     runner: Runner
     load_seconds: float
     warmup_ms: float
+    memory_bytes: int
+    note: str = ""
 
 
 class ServedModel:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import MANIFEST_FILE
 from layercast.proto.codec import quoted
 from layercast.server.errors import InvalidArgument, NotFound, StartError, Unavailable
@@ -125,7 +126,7 @@ class Repository:
     async def _load(self, version: Version, directory: Path) -> None:
         settings = self._settings.for_model(directory.parent)
         try:
-            loaded = await asyncio.to_thread(load, directory, settings, self._threads)
+            loaded = await asyncio.to_thread(load, directory, settings, self._threads, Trust.of(self._settings.trust))
             if (loaded.manifest.name, loaded.manifest.version) != (version.name, version.number):
                 raise LoadError(f"its manifest is of {loaded.manifest.name!r} version {loaded.manifest.version}")
         except LoadError as error:
@@ -137,7 +138,7 @@ class Repository:
             logger.exception("model %s version %d failed to load", version.name, version.number)
             return
         version.model = ServedModel(loaded, self._monitor(version, loaded))
-        version.state = "READY"
+        version.state, version.reason = "READY", loaded.note
         self._tell(version.name)
 
     def _monitor(self, version: Version, loaded: Loaded) -> ModelMonitor:
@@ -147,7 +148,7 @@ class Repository:
         metrics.model_info.labels(*labels, engine.name, engine.device, digest).set(1)
         metrics.model_ready.labels(*labels).set(1)
         metrics.load_duration.labels(*labels).set(loaded.load_seconds)
-        metrics.memory.labels(*labels, engine.device).set(loaded.runner.eager.memory_bytes)
+        metrics.memory.labels(*labels, engine.device).set(loaded.memory_bytes)
         return ModelMonitor(metrics, *labels, engine.device, loaded.settings.queue_rows)
 
     def _tell(self, name: str) -> None:

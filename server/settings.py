@@ -4,11 +4,18 @@ import difflib
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
+from layercast.models.foreign.trust import Trust
 from layercast.server.errors import StartError
 
 EngineName = Literal["auto", "eager", "torchscript", "onnx", "exported", "onnx-int8"]
@@ -52,7 +59,24 @@ class Settings(ModelSettings, BaseSettings):
     max_message_mb: int = Field(default=64, ge=1, le=2047, description="largest message either way, MiB")
     drain_seconds: float = Field(default=10.0, ge=0, description="how long running requests may finish at shutdown, s")
     reflection: bool = Field(default=True, description="let clients list the services (gRPC reflection)")
+    trust: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="package, package:factory or artefact-code (files kept in artefacts) whose Python code may run, "
+        "which layers of models that are not layercast's need; repeat it for several",
+    )
     log_format: Literal["text", "json"] = Field(default="text", description="how log lines look")
+
+    @field_validator("trust", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        """Take a comma-separated text, as an environment variable has it, for a list."""
+        return [entry.strip() for entry in given.split(",") if entry.strip()] if isinstance(given, str) else given
+
+    @field_validator("trust")
+    @classmethod
+    def _known_kinds(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        Trust.of(entries)
+        return entries
 
     @classmethod
     def settings_customise_sources(

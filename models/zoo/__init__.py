@@ -20,7 +20,17 @@ ZOO: Final = Path(__file__).parent
 VERSION: Final = 1
 """The version that models of the zoo are exported as."""
 
-_NOT_EXPORTED: Final = ("data", "training", "losses.py", "loss_targets.py", "summary.py", "lookup.py", "initialise.py")
+_NOT_EXPORTED: Final = (
+    "data",
+    "foreign",
+    "training",
+    "torch_files.py",
+    "losses.py",
+    "loss_targets.py",
+    "summary.py",
+    "lookup.py",
+    "initialise.py",
+)
 """Sources under models/ that an artefact does not depend on."""
 
 _KEPT_LINES: Final = 5

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 if TYPE_CHECKING:
     from layercast.server.settings import Settings
@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"{field.description}{shown}"
         if field.annotation is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif get_origin(field.annotation) is tuple:
+            parser.add_argument(option, action="append", default=argparse.SUPPRESS, help=field.description, metavar="X")
         else:
             choices = [value for value in get_args(field.annotation) if isinstance(value, str)] or None
             parser.add_argument(
