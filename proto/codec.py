@@ -72,6 +72,10 @@ TYPED_FIELDS: dict[str, tuple[str, str]] = {
     "BYTES": ("bytes_contents", "O"),
 }
 
+# Lists whose elements have one size on the wire (a bool is a varint of one byte), and protobuf's mark of such lists.
+_FIXED_SIZE = ("bool_contents", "fp32_contents", "fp64_contents")
+_LENGTH_DELIMITED = 2
+
 
 class _InferTensor(Protocol):
     """What an input tensor of a request and an output tensor of a response have in common."""
@@ -187,9 +191,26 @@ def _from_contents(tensor: _InferTensor, place: Place) -> AnyArray:
         raise place.error(field, needs if values else f"{needs}; send them there or as {place.data}")
     if tensor.datatype == "BYTES" and count > MAX_BYTES_ELEMENTS:
         raise place.error(field, f"{count} BYTES elements; at most {MAX_BYTES_ELEMENTS} are allowed")
-    array = _narrowed(np.fromiter(values, np.dtype(carrier), count), dtype, place, field)
+    array = _narrowed(_elements(tensor.contents, values, wanted, np.dtype(carrier), count), dtype, place, field)
     array.flags.writeable = False
     return array.reshape(tuple(tensor.shape))
+
+
+def _elements(
+    contents: InferTensorContents, values: Iterable[object], wanted: str, carrier: np.dtype[np.generic], count: int
+) -> AnyArray:
+    """The `count` elements of the one list that is set, as an array."""
+    if wanted not in _FIXED_SIZE:
+        return np.fromiter(values, carrier, count)
+    # On the wire these lists are arrays already: a tag of one byte, a length, the elements. Reading them from there
+    # is a hundred times faster than one Python object for each.
+    contents.DiscardUnknownFields()
+    wire = contents.SerializeToString()
+    return (
+        np.frombuffer(wire, carrier, count, offset=len(wire) - count * carrier.itemsize)
+        if count
+        else np.empty(0, carrier)
+    )
 
 
 def _narrowed(values: AnyArray, dtype: np.dtype[np.generic], place: Place, field: str) -> AnyArray:
@@ -204,5 +225,20 @@ def _narrowed(values: AnyArray, dtype: np.dtype[np.generic], place: Place, field
 
 
 def _fill_contents(contents: InferTensorContents, datatype: str, array: AnyArray) -> None:
+    field = TYPED_FIELDS[datatype][0]
+    if field in _FIXED_SIZE:
+        content = little_endian(array, datatype).tobytes()
+        number = InferTensorContents.DESCRIPTOR.fields_by_name[field].number
+        contents.MergeFromString(bytes([number << 3 | _LENGTH_DELIMITED]) + _varint(len(content)) + content)
+        return
     elements = bytes_elements(array) if datatype == "BYTES" else little_endian(array, datatype).ravel().tolist()
-    getattr(contents, TYPED_FIELDS[datatype][0]).extend(elements)
+    getattr(contents, field).extend(elements)
+
+
+def _varint(number: int) -> bytes:
+    """Protobuf's encoding of a length: seven bits a byte, the lowest first."""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*encoded, number])
