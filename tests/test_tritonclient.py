@@ -43,6 +43,10 @@ def test_every_call_of_the_stock_client_works(served, stock_python):
     assert "every call works" in run(stock_python, "calls", served.url)
 
 
+def test_its_streams_work(served, stock_python):
+    assert "streams work" in run(stock_python, "stream", served.url)
+
+
 def test_its_answers_equal_an_offline_forward(served, modules, stock_python, tmp_path):
     x = np.random.default_rng(1).random((50, 1, 28, 28), dtype="f4")
     np.save(tmp_path / "x.npy", x)

@@ -79,7 +79,7 @@ def best(values: Array, count: int, labels: Sequence[str] = ()) -> Array:
     What follows dimension 0 is read as one list of classes. Of equal scores the lower index comes first; NaN is last.
     Scores have as many digits as it takes to give the same float again.
     """
-    scores = values.reshape(len(values), -1)
+    scores = values.reshape(len(values), math.prod(values.shape[1:]))
     # Reversed, so that the stable ascending sort leaves the lower of two equal indices in front once it is turned.
     order = scores.shape[1] - 1 - np.argsort(scores[:, ::-1], axis=1, kind="stable")[:, ::-1]
     if scores.dtype.kind == "f":

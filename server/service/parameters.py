@@ -65,7 +65,9 @@ def _reserved(parameter: InferParameter, path: str) -> None:
 def _sequences(parameter: InferParameter, path: str) -> None:
     # Zero, "" and false say that the request belongs to no sequence.
     if getattr(parameter, parameter.WhichOneof("parameter_choice") or ""):
-        raise Unimplemented(f"{path}: sequences are not supported, no model here keeps state between requests", field=path)
+        raise Unimplemented(
+            f"{path}: sequences are not supported, no model here keeps state between requests", field=path
+        )
 
 
 def _shared_memory(parameter: InferParameter, path: str) -> None:

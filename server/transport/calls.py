@@ -52,22 +52,25 @@ class Counted:
         """Await `body` and return what it returns; its error ends the call with a status and trailers."""
         start = time.perf_counter()
         self._started.inc()
-        code = grpc.StatusCode.OK
         try:
-            return await body
+            result = await body
         except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
+            self._ended(grpc.StatusCode.CANCELLED, start)
             raise
         except grpc.aio.AbortError:
-            code = context.code()
+            self._ended(context.code(), start)
             raise
         except Exception as error:
             failed = reply(error, self.path)
-            code = failed.code
+            # Counted first: who has seen the status finds it in the metrics.
+            self._ended(failed.code, start)
             return await context.abort(failed.code, failed.message, failed.trailers)  # raises
-        finally:
-            self._handled[code].inc()
-            self._duration.observe(time.perf_counter() - start)
+        self._ended(grpc.StatusCode.OK, start)
+        return result
+
+    def _ended(self, code: grpc.StatusCode, start: float) -> None:
+        self._handled[code].inc()
+        self._duration.observe(time.perf_counter() - start)
 
 
 class UnaryRpc:
