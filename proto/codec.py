@@ -4,6 +4,7 @@ A tensor may be *raw* (bytes beside the message's list of tensors) or *typed* (n
 one of the two. FP16 and BF16 exist only raw.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -75,6 +76,8 @@ TYPED_FIELDS: dict[str, tuple[str, str]] = {
 # Lists whose elements have one size on the wire (a bool is a varint of one byte), and protobuf's mark of such lists.
 _FIXED_SIZE = ("bool_contents", "fp32_contents", "fp64_contents")
 _LENGTH_DELIMITED = 2
+# Elements that are turned into Python objects, or from them, in one go: a few milliseconds' worth.
+_PART = 1 << 16
 
 
 class _InferTensor(Protocol):
@@ -201,7 +204,12 @@ def _elements(
 ) -> AnyArray:
     """The `count` elements of the one list that is set, as an array."""
     if wanted not in _FIXED_SIZE:
-        return np.fromiter(values, carrier, count)
+        source, array = iter(values), np.empty(count, carrier)
+        # In parts, since one call keeps every other thread waiting until it returns.
+        for start in range(0, count, _PART):
+            part = array[start : start + _PART]
+            part[:] = np.fromiter(itertools.islice(source, len(part)), carrier, len(part))
+        return array
     # On the wire these lists are arrays already: a tag of one byte, a length, the elements. Reading them from there
     # is a hundred times faster than one Python object for each.
     contents.DiscardUnknownFields()
@@ -231,8 +239,11 @@ def _fill_contents(contents: InferTensorContents, datatype: str, array: AnyArray
         number = InferTensorContents.DESCRIPTOR.fields_by_name[field].number
         contents.MergeFromString(bytes([number << 3 | _LENGTH_DELIMITED]) + _varint(len(content)) + content)
         return
-    elements = bytes_elements(array) if datatype == "BYTES" else little_endian(array, datatype).ravel().tolist()
-    getattr(contents, field).extend(elements)
+    elements = array if datatype == "BYTES" else little_endian(array, datatype)
+    flat, target = elements.ravel(), getattr(contents, field)
+    for start in range(0, flat.size, _PART):
+        part = flat[start : start + _PART]
+        target.extend(bytes_elements(part) if datatype == "BYTES" else part.tolist())
 
 
 def _varint(number: int) -> bytes:

@@ -6,9 +6,12 @@ import time
 import grpc
 import numpy as np
 import pytest
+import torch
 from numeric import Model, asked, identity, numeric
 
+from layercast.proto.codec import decode_outputs, tensor_bytes
 from layercast.proto.messages import ModelInferRequest, ServerLiveRequest
+from layercast.proto.rpc import INFERENCE
 from layercast.server.settings import ModelSettings
 
 # datatype -> field of the typed form, a row of two elements, its bytes as a hand-written table
@@ -51,13 +54,18 @@ def served():
     }
     outputs = [("whole", "FP32", (-1,)), ("half", "FP16", (-1,)), ("double", "FP64", (-1,))]
     models["both"] = Model(both, outputs=outputs)
+    models["bf16_sum"] = Model(
+        lambda inputs: {"y": (torch.from_numpy(inputs["x"].copy()).bfloat16() * 2).float().numpy()},
+        [("x", "BF16", (-1,))],
+        [("y", "BF16", (-1,))],
+    )
     models["wrong"] = Model(lambda inputs: {"y": inputs["x"].astype("f8")})
     with numeric(models) as server:
         yield server
 
 
-def raw(datatype: str, content: bytes, shape) -> ModelInferRequest:
-    message = ModelInferRequest(model_name=datatype.lower())
+def raw(datatype: str, content: bytes, shape, model: str = "") -> ModelInferRequest:
+    message = ModelInferRequest(model_name=model or datatype.lower())
     message.inputs.add(name="x", datatype=datatype, shape=shape)
     message.raw_input_contents.append(content)
     return message
@@ -125,6 +133,28 @@ def test_an_output_without_a_typed_form_makes_all_raw_and_a_wish_for_raw_is_gran
     assert not served.call("ModelInfer", message).raw_output_contents
     message.parameters["binary_data_output"].bool_param = True
     assert [len(content) for content in served.call("ModelInfer", message).raw_output_contents] == [8]
+
+
+def test_bfloat16_is_rounded_to_nearest_and_added_in_its_own_precision(served):
+    """0.01 + 0.01 in bfloat16 is 0.02002; truncating 0.01 on the way in would make it 0.01990."""
+    hundredth = tensor_bytes(np.full((1, 1), 0.01, "f4"), "BF16")
+    response = served.call("ModelInfer", raw("BF16", hundredth, [1, 1], "bf16_sum"))
+    (doubled,) = decode_outputs(response)["y"].ravel()
+    assert doubled == torch.tensor(0.01, dtype=torch.bfloat16).add(torch.tensor(0.01, dtype=torch.bfloat16)).item()
+    assert round(float(doubled), 5) == 0.02002
+
+
+def test_a_client_with_grpcs_default_limit_is_told_and_one_without_gets_its_picture(served):
+    picture = np.random.default_rng(0).random((1, 3 * 640 * 640), "f4")
+    assert picture.nbytes > 4 << 20
+    with grpc.insecure_channel(served.url) as bare:
+        method = INFERENCE["ModelInfer"]
+        stub = bare.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
+        with pytest.raises(grpc.RpcError) as raised:
+            stub(raw("FP32", picture.tobytes(), picture.shape), timeout=30)
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    response = served.call("ModelInfer", raw("FP32", picture.tobytes(), picture.shape))
+    assert response.raw_output_contents[0] == picture.tobytes()
 
 
 def test_outputs_come_in_the_order_asked_and_all_of_them_unasked(served):

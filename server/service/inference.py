@@ -39,6 +39,12 @@ class InferenceService:
         A typed request is answered typed, unless it asks for raw outputs or one of them is FP16 or BF16, which have
         no typed form: then all are raw. Outputs come in the order asked.
         """
+        response = ModelInferResponse()
+        await self.infer_into(response, request, call)
+        return response
+
+    async def infer_into(self, response: ModelInferResponse, request: ModelInferRequest, call: Call) -> None:
+        """Answer `request` in the empty message `response`: one inside another message needs no copy this way."""
         asks_layers = any(output.name.startswith("layer:") for output in request.outputs)
         kind: Kind = "features" if asks_layers else "predict"
         model = self._answering.find(request.model_name, request.model_version, kind)
@@ -48,7 +54,7 @@ class InferenceService:
             answered = await self._answering.run(model, asked.inputs, asked.rows, asked.wanted, call)
             timer.ran(answered)
             size = sum(values.nbytes for _, _, values in answered.tensors)
-            return await off_loop(size, _response, request, model, asked, answered)
+            await off_loop(size, _fill, response, request, model, asked, answered)
 
     def _decode(self, manifest: Manifest, request: ModelInferRequest) -> _Asked:
         check_parameters(request)
@@ -65,14 +71,14 @@ class InferenceService:
         )
 
 
-def _response(request: ModelInferRequest, model: ServedModel, asked: _Asked, answered: Answered) -> ModelInferResponse:
-    response = ModelInferResponse(
-        model_name=model.manifest.name, model_version=str(model.manifest.version), id=request.id
-    )
+def _fill(
+    response: ModelInferResponse, request: ModelInferRequest, model: ServedModel, asked: _Asked, answered: Answered
+) -> None:
+    fill_outputs(response, classified(answered.tensors, asked.classes), asked.typed)
+    response.model_name, response.model_version = model.manifest.name, str(model.manifest.version)
+    response.id = request.id
     response.parameters["queue_ns"].int64_param = answered.queue_ns
     response.parameters["compute_ns"].int64_param = answered.compute_ns
     response.parameters["batch_rows"].int64_param = answered.batch_rows
     if asked.warning:
         response.parameters["warning"].string_param = asked.warning
-    fill_outputs(response, classified(answered.tensors, asked.classes), asked.typed)
-    return response

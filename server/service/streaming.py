@@ -68,11 +68,12 @@ class StreamService:
         try:
             if isinstance(request, ServingError):
                 raise request
-            answer.infer_response.CopyFrom(await self._inference.model_infer(request, call))
+            await self._inference.infer_into(answer.infer_response, request, call)
         except Exception as error:
             shown = expected(error, "ModelStreamInfer")
             if call.fails_whole:
                 raise shown from error
+            answer.ClearField("infer_response")
             answer.error_message = shown.message
             answer.infer_response.id = "" if isinstance(request, ServingError) else request.id
             answer.infer_response.parameters["error_code"].string_param = shown.code.name
