@@ -1,7 +1,6 @@
 """Every datatype through a real server, raw and typed: what goes in comes out, bit for bit."""
 
 import threading
-import time
 
 import grpc
 import numpy as np
@@ -10,8 +9,9 @@ import torch
 from numeric import Model, asked, identity, numeric
 
 from layercast.proto.codec import decode_outputs, tensor_bytes
-from layercast.proto.messages import ModelInferRequest, ServerLiveRequest
+from layercast.proto.messages import ModelInferRequest
 from layercast.proto.rpc import INFERENCE
+from layercast.server.service import inference
 from layercast.server.settings import ModelSettings
 
 # datatype -> field of the typed form, a row of two elements, its bytes as a hand-written table
@@ -183,31 +183,26 @@ def test_broken_framing_of_bytes_costs_next_to_nothing(served, content, shape, m
     assert served.call("ModelInfer", raw("BYTES", b"\0\0\0\0", [1, 1])).raw_output_contents[0] == b"\0\0\0\0"
 
 
-def test_a_large_typed_message_holds_nobody_up(served):
-    """Four million whole numbers take a good while to decode and encode; questions are answered meanwhile."""
+def test_large_messages_are_decoded_and_encoded_beside_the_loop(served, monkeypatch):
+    threads: dict[str, set[int]] = {"decode": set(), "encode": set()}
+
+    def noted(what, function):
+        def call(*args):
+            threads[what].add(threading.get_ident())
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(inference, "decode_inputs", noted("decode", inference.decode_inputs))
+    monkeypatch.setattr(inference, "fill_outputs", noted("encode", inference.fill_outputs))
+    loop = served.on_loop(threading.get_ident)
+    served.call("ModelInfer", raw("INT32", bytes(4000), [1, 1000]))
+    assert threads == {"decode": {loop}, "encode": {loop}}
     message = ModelInferRequest(model_name="int32")
-    count = 4_000_000
-    tensor = message.inputs.add(name="x", datatype="INT32", shape=[1, count])
-    tensor.contents.int_contents.extend(range(count))
-    done = threading.Event()
-    answers = []
-
-    def ask() -> None:
-        answers.append(served.call("ModelInfer", message, timeout=120))
-        done.set()
-
-    thread = threading.Thread(target=ask)
-    began = time.perf_counter()
-    thread.start()
-    answered = 0
-    while not done.is_set():
-        served.call("ServerLive", ServerLiveRequest())
-        answered += 1
-    total = time.perf_counter() - began
-    thread.join()
-    assert answers[0].outputs[0].contents.int_contents[-1] == count - 1
-    # Held up by decoding and encoding, it would be a handful.
-    assert answered > 20, (answered, total)
+    message.inputs.add(name="x", datatype="INT32", shape=[1, 500_000]).contents.int_contents.extend(range(500_000))
+    answer = served.call("ModelInfer", message)
+    assert list(answer.outputs[0].contents.int_contents) == list(range(500_000))
+    assert all(len(seen - {loop}) == 1 for seen in threads.values())
 
 
 def test_an_answer_that_can_not_be_encoded_is_our_fault(served, caplog):
