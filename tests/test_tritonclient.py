@@ -1,4 +1,4 @@
-"""The stock tritonclient, unmodified, in its own environment, against a real server."""
+"""Stock clients, unmodified, in their own environment, against a real server: tritonclient, and one by reflection."""
 
 import gzip
 import json
@@ -19,6 +19,7 @@ from layercast.models.export.writer import export_artefact
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).parent / "tritonclient_script.py"
+REFLECTION_SCRIPT = Path(__file__).parent / "reflection_script.py"
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,9 @@ def stock_python() -> str:
     return str(python)
 
 
-def run(python: str, *arguments: str, timeout: float = 240) -> str:
+def run(python: str, *arguments: str, script: Path = SCRIPT) -> str:
     done = subprocess.run(
-        [python, "-W", "ignore", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=timeout
+        [python, "-W", "ignore", str(script), *arguments], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -45,6 +46,10 @@ def test_every_call_of_the_stock_client_works(served, stock_python):
 
 def test_its_streams_work(served, stock_python):
     assert "streams work" in run(stock_python, "stream", served.url)
+
+
+def test_a_client_without_proto_files_calls_everything_by_reflection(served, stock_python):
+    assert "reflection works" in run(stock_python, served.url, script=REFLECTION_SCRIPT)
 
 
 def test_its_answers_equal_an_offline_forward(served, modules, stock_python, tmp_path):
