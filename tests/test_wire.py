@@ -207,6 +207,29 @@ def test_no_error_text_outgrows_a_header():
         assert sum(len(value) for _, value in answer.trailers) < 4096
 
 
+def test_one_connection_has_only_so_many_calls_at_a_time_and_another_is_answered(served):
+    model = served.server.repository.models["same", 1]
+    served.on_loop(model.batcher.hold)
+    with grpc.insecure_channel(served.url, options=[("grpc.use_local_subchannel_pool", 1)]) as greedy:
+        method = INFERENCE["ModelInfer"]
+        infer = greedy.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
+        calls = [infer.future(asked("same", np.zeros((1, 1), "f4")), timeout=60) for _ in range(512)]
+        wait_until(served, lambda: model.batcher.queued_rows == 512)
+        served.on_loop(model.batcher.release)
+        assert all(call.result().outputs for call in calls)
+        served.on_loop(model.batcher.hold)
+        calls = [infer.future(asked("same", np.zeros((1, 1), "f4")), timeout=60) for _ in range(1100)]
+        wait_until(served, lambda: model.batcher.queued_rows >= 1000)
+        assert served.call("ServerLive", ServerLiveRequest(), timeout=10).live
+        with pytest.raises(grpc.RpcError, match="Deadline Exceeded"):  # no place is left on this connection
+            greedy.unary_unary(INFERENCE["ServerLive"].path)(b"", timeout=0.5)
+        assert served.on_loop(lambda: model.batcher.queued_rows) <= 1024
+        for call in calls:
+            call.cancel()
+    wait_until(served, lambda: model.batcher.queued_rows == 0)
+    served.on_loop(model.batcher.release)
+
+
 def test_calls_cancelled_at_any_moment_leave_nothing_behind(served):
     """Sixteen threads cancel unary calls, questions and streams after 0 to 3 ms."""
     unary = [served.rpc("ModelInfer"), served.rpc("ModelReady")]

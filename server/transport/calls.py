@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -18,6 +18,7 @@ from layercast.server.transport.status import reply
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Kind = Literal["unary", "server_stream", "bidi_stream"]
 Answer = Callable[[Any, Call], Awaitable[Message]]
 StreamAnswer = Callable[[AsyncIterator[tuple[Any, int]], Call], AsyncGenerator[Message, None]]
 
@@ -39,9 +40,9 @@ def parsed(message: type[Message], raw: bytes) -> Message:
 class Counted:
     """Counts the calls of one RPC and gives those that fail their status."""
 
-    def __init__(self, service: str, name: str, metrics: Metrics, *, streaming: bool) -> None:
+    def __init__(self, service: str, name: str, metrics: Metrics, kind: Kind = "unary") -> None:
         self.path = f"/{service}/{name}"
-        labels = ("bidi_stream" if streaming else "unary", service, name)
+        labels = (kind, service, name)
         self.received = metrics.rpc_received.labels(*labels)
         self.sent = metrics.rpc_sent.labels(*labels)
         self._started = metrics.rpc_started.labels(*labels)

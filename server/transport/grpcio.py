@@ -24,8 +24,10 @@ _OPTIONS: Final = (
     ("grpc.keepalive_permit_without_calls", 1),
     # The core's default, 300 s, answers clients that ping during a long call with GOAWAY too_many_pings.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-    # A connection that opens and resets streams without end gets no further than this.
-    ("grpc.max_concurrent_streams", 256),
+    # Calls of one connection at a time, calls that were reset and are not yet cleared away included: who opens and
+    # resets without end gets no further. A call over it is refused; clients wait or try again by themselves. Twice
+    # what one connection sensibly holds, since an answered call takes a moment to be cleared away.
+    ("grpc.max_concurrent_streams", 1024),
     # Headers of a call in bytes: over the first some are refused, over the second all.
     ("grpc.max_metadata_size", 16 << 10),
     ("grpc.absolute_max_metadata_size", 32 << 10),
@@ -88,7 +90,7 @@ class GrpcFrontEnd:
         await self._health.enter_graceful_shutdown()
 
     def _handler(self, service: str, method: Method, objects: Sequence[object]) -> Handler:
-        counted = Counted(service, method.name, self._metrics, streaming=method.server_streaming)
+        counted = Counted(service, method.name, self._metrics, "bidi_stream" if method.client_streaming else "unary")
         name = _snake(method.name)
         answer: Any = next((getattr(each, name) for each in objects if hasattr(each, name)), None)
         if answer is None:

@@ -13,7 +13,7 @@ from layercast.proto.rpc import POOL
 from layercast.server.errors import Unimplemented
 from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.text import fit
-from layercast.server.transport.calls import Context, Counted, Handler, parsed
+from layercast.server.transport.calls import Context, Counted, Handler, Kind, parsed
 
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
 
@@ -39,7 +39,7 @@ class UnknownRpcs(grpc.GenericRpcHandler):
     """Answers every RPC that nobody else does, and counts it; the last one registered."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self._counted = Counted(UNKNOWN, UNKNOWN, metrics, streaming=False)
+        self._counted = Counted(UNKNOWN, UNKNOWN, metrics)
 
     def service(self, details: grpc.HandlerCallDetails) -> Handler:
         """Return a handler that ends the call before reading from it, whatever its kind."""
@@ -76,7 +76,9 @@ def _add(server: grpc.aio.Server, metrics: Metrics, service: str, add: Callable[
 
 def _guarded(service: str, name: str, handler: Any, metrics: Metrics) -> Handler:
     """Parse in our own code, and count: what grpc itself can't parse ends as INTERNAL, seen by nobody."""
-    counted = Counted(service, name, metrics, streaming=handler.response_streaming)
+    kinds: dict[tuple[bool, bool], Kind] = {(False, True): "server_stream", (True, True): "bidi_stream"}
+    kind = kinds.get((handler.request_streaming, handler.response_streaming), "unary")
+    counted = Counted(service, name, metrics, kind)
     message: Any = handler.request_deserializer.__self__  # the class whose FromString it is
     encode = handler.response_serializer
 
