@@ -108,11 +108,11 @@ def test_log_settings_are_told_and_set(served, log_level):
 
     assert ask() == (0, True, True)
     assert ask(log_verbose_level=1) == (1, True, True)
-    assert log_level.level == logging.DEBUG
+    assert log_level.getEffectiveLevel() == logging.DEBUG
     assert ask(log_verbose_level=0, log_info=False) == (0, False, True)
-    assert log_level.level == logging.WARNING
+    assert log_level.getEffectiveLevel() == logging.WARNING
     assert ask(log_info=False, log_warning=False, log_error=True) == (0, False, False)
-    assert log_level.level == logging.ERROR
+    assert log_level.getEffectiveLevel() == logging.ERROR
     answer = served.call("LogSettings", settings()).settings
     assert set(answer) == {
         "log_verbose_level", "log_info", "log_warning", "log_error", "log_file", "log_format",
@@ -136,7 +136,7 @@ def test_log_settings_that_are_not_a_clients_are_refused_and_change_nothing(serv
     with pytest.raises(grpc.RpcError, match=message) as raised:
         served.call("LogSettings", settings(**{"log_verbose_level": 3, **values}))
     assert raised.value.code().name == code
-    assert log_level.level == logging.INFO
+    assert log_level.getEffectiveLevel() == logging.INFO
 
 
 def test_traces_are_off_and_stay_so(served):

@@ -2,7 +2,6 @@
 
 import random
 
-import grpc
 import numpy as np
 import pytest
 from numeric import Model, asked, identity, numeric

@@ -73,7 +73,9 @@ class AdministrationService:
         """
         changed = _levels() | {key: _checked(key, value) for key, value in request.settings.items()}
         if request.settings:
-            _logger.setLevel(_level(changed))
+            level = _level(changed)
+            # At the operator's own level there is nothing of ours to keep.
+            _logger.setLevel(logging.NOTSET if level == logging.getLogger().getEffectiveLevel() else level)
         return LogSettingsResponse(settings={key: _setting(value) for key, value in (_levels() | _FIXED).items()})
 
 
