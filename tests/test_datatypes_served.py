@@ -205,6 +205,27 @@ def test_large_messages_are_decoded_and_encoded_beside_the_loop(served, monkeypa
     assert all(len(seen - {loop}) == 1 for seen in threads.values())
 
 
+def test_an_answer_that_grows_over_the_limit_as_it_is_encoded_is_refused():
+    """A million bytes come in, as whole numbers; negative ones take ten bytes each in an answer."""
+    negative = Model(lambda inputs: {"y": -inputs["x"]}, [("x", "INT8", (-1,))], [("y", "INT8", (-1,))])
+    long = Model(lambda i: {"y": np.array([[b"x" * (2 << 20)]], object)}, outputs=[("y", "BYTES", (1,))])
+    with numeric({"negative": negative, "long": long}, max_bytes=2 << 20) as served:
+        message = ModelInferRequest(model_name="negative")
+        count = 1_000_000
+        message.inputs.add(name="x", datatype="INT8", shape=[1, count]).contents.int_contents.extend([1] * count)
+        for wrong in (message, asked("long", np.zeros((1, 1), "f4"))):
+            with pytest.raises(
+                grpc.RpcError, match=r"the answer takes [\d,]+ bytes, a message holds 2,097,152"
+            ) as raised:
+                served.call("ModelInfer", wrong)
+            assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        # In a stream it is one request's error like any other.
+        failed, answered = served.stream([message, asked("negative", np.ones((1, 3), "i1"), datatype="INT8")])
+        assert "a message holds" in failed.error_message
+        assert not failed.infer_response.outputs
+        assert answered.infer_response.raw_output_contents[0] == b"\xff" * 3
+
+
 def test_an_answer_that_can_not_be_encoded_is_our_fault(served, caplog):
     with pytest.raises(grpc.RpcError, match=r"internal error [0-9a-f]{12}") as raised:
         served.call("ModelInfer", asked("wrong", np.ones((1, 2), "f4")))

@@ -38,7 +38,8 @@ MALFORMED = {
 
 @pytest.fixture(scope="module")
 def served():
-    with numeric({"same": Model(identity)}, max_bytes=LIMIT) as server:
+    first = Model(lambda inputs: {"y": inputs["x"][:, :1]}, outputs=[("y", "FP32", (1,))])
+    with numeric({"same": Model(identity), "first": first}, max_bytes=LIMIT) as server:
         yield server
 
 
@@ -97,6 +98,20 @@ def test_text_that_is_not_utf8_is_malformed(served):
     with pytest.raises(grpc.RpcError, match="UTF-8") as raised:
         served.channel.unary_unary(INFERENCE["ModelReady"].path)(b"\x0a\x02\xff\xfe", timeout=10)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_the_limit_is_exact(served, compression):
+    message = asked("first", np.zeros((1, LIMIT // 4 - 100), "f4"))
+    message.id = "x" * (LIMIT - message.ByteSize() - 4)
+    call = served.channel.unary_unary(INFERENCE["ModelInfer"].path)
+    message.id = "x" * (len(message.id) + LIMIT - message.ByteSize())
+    assert message.ByteSize() == LIMIT
+    assert call(message.SerializeToString(), timeout=30, compression=compression)
+    message.id += "x"
+    with pytest.raises(grpc.RpcError) as raised:
+        call(message.SerializeToString(), timeout=30, compression=compression)
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 SENDER = """

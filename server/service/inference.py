@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from layercast.models.manifest import Manifest
 from layercast.proto.codec import decode_inputs, fill_outputs, is_typed
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
+from layercast.server.errors import ResourceExhausted
 from layercast.server.model import ServedModel
 from layercast.server.monitor import Kind
 from layercast.server.service.answering import Answered, Answering, decoding, off_loop
@@ -54,7 +55,7 @@ class InferenceService:
             answered = await self._answering.run(model, asked.inputs, asked.rows, asked.wanted, call)
             timer.ran(answered)
             size = sum(values.nbytes for _, _, values in answered.tensors)
-            await off_loop(size, _fill, response, request, model, asked, answered)
+            await off_loop(size, self._encode, response, request, model, asked, answered)
 
     def _decode(self, manifest: Manifest, request: ModelInferRequest) -> _Asked:
         check_parameters(request)
@@ -69,6 +70,24 @@ class InferenceService:
             is_typed(request) and not asks_raw(request),
             warnings(manifest, inputs),
         )
+
+    def _encode(
+        self,
+        response: ModelInferResponse,
+        request: ModelInferRequest,
+        model: ServedModel,
+        asked: _Asked,
+        answered: Answered,
+    ) -> None:
+        _fill(response, request, model, asked, answered)
+        # Texts, and typed numbers, have no size that is known before; everything else was checked before it ran.
+        if asked.typed or any(output.datatype == "BYTES" for output in response.outputs):
+            size, limit = response.ByteSize(), self._answering.max_bytes
+            if size > limit:
+                raise ResourceExhausted(
+                    f"the answer takes {size:,} bytes, a message holds {limit:,}; "
+                    "send fewer rows, or raw bytes in place of typed contents"
+                )
 
 
 def _fill(
