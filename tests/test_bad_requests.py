@@ -9,7 +9,8 @@ from google.rpc.error_details_pb2 import BadRequest
 from google.rpc.status_pb2 import Status
 from test_server_inference import assert_answers, request, rows_for
 
-from layercast.proto.messages import ModelInferRequest
+from layercast.proto.messages import ModelInferRequest, ModelReadyRequest
+from layercast.proto.rpc import FEATURES, INFERENCE
 
 INVALID, MISSING, UNDONE, TOO_MUCH = "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED"
 
@@ -231,4 +232,27 @@ def test_a_bad_request_gets_a_clear_error_and_the_next_one_is_answered(served, m
         (one,) = violation.field_violations
         assert one.field.split("[")[0].split(".")[0] in ModelInferRequest.DESCRIPTOR.fields_by_name
         assert one.description == error.details()
+    assert_answers(served, modules)
+
+
+HOSTILE = [
+    "..", "../mnist", "mnist/../mnist", "a/../b", "/etc/passwd", "./mnist", "mnist/1", "mnist\\1", "~", "%2e%2e", "file:mnist",
+    " ", " mnist", "mnist ", "\tmnist", "mnist\n", "mnist\0", "\x1b[31m", "é", "m" * 1_000_000,
+]  # fmt: skip
+QUESTIONS = {
+    "ModelMetadata": "name", "ModelConfig": "name", "ModelStatistics": "name", "TraceSetting": "model_name",
+    "ListLayers": "model_name", "Extract": "model_name",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rpc", QUESTIONS)
+def test_hostile_names_are_unknown_models_to_every_rpc(served, modules, rpc):
+    make = {**INFERENCE, **FEATURES}[rpc].request
+    for name in HOSTILE:
+        with pytest.raises(grpc.RpcError) as raised:
+            served.call(rpc, make(**{QUESTIONS[rpc]: name}))
+        assert raised.value.code() is grpc.StatusCode.NOT_FOUND, name
+        assert raised.value.details().isprintable()
+        assert len(raised.value.details()) < 300
+        assert not served.call("ModelReady", ModelReadyRequest(name=name)).ready
     assert_answers(served, modules)
