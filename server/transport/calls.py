@@ -9,8 +9,10 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from layercast.proto.bulk import MessageTooComplex, check_bulk
+from layercast.proto.codec import CodecError
 from layercast.proto.rpc import Method
-from layercast.server.errors import InvalidArgument, ServingError, Unavailable
+from layercast.server.errors import InvalidArgument, ResourceExhausted, ServingError, Unavailable
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
 from layercast.server.transport.status import reply
@@ -22,15 +24,21 @@ Kind = Literal["unary", "server_stream", "bidi_stream"]
 Answer = Callable[[Any, Call], Awaitable[Message]]
 StreamAnswer = Callable[[AsyncIterator[tuple[Any, int]], Call], AsyncGenerator[Message, None]]
 
+# A message of fewer bytes parses within a few milliseconds, whatever is in it.
+_LARGE: Final = 256 << 10
 # Sent by a client that wants the first error inside a stream as the status of the stream.
 _FAILS_WHOLE: Final = ("triton_grpc_error", "true")
 
 
 def parsed(message: type[Message], raw: bytes) -> Message:
-    """Return the message in `raw`; InvalidArgument when there is none."""
+    """Return the message in `raw`; InvalidArgument when there is none, ResourceExhausted when it has too many parts."""
     try:
+        if len(raw) > _LARGE:
+            check_bulk(raw, message.DESCRIPTOR)
         return message.FromString(raw)
-    except DecodeError as error:
+    except MessageTooComplex as error:
+        raise ResourceExhausted(str(error)) from error
+    except (DecodeError, CodecError) as error:
         raise InvalidArgument(
             f"the {len(raw)} bytes are no {message.DESCRIPTOR.full_name}; "
             "does the client use the same .proto file, and UTF-8 in its texts?"
@@ -163,7 +171,7 @@ class Incoming:
         self._counted.received.inc()
         try:
             return parsed(self._message, raw), len(raw)
-        except InvalidArgument as error:
+        except ServingError as error:
             return error, len(raw)
 
     async def _read(self) -> Any:
