@@ -5,9 +5,10 @@ seconds, during which the parser, one call into C, lets nothing else run. Tensor
 one field whatever their size.
 """
 
-from typing import Final
+from typing import Any, Final
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from layercast.proto.tensors import CodecError
 
@@ -34,23 +35,23 @@ class MessageTooComplex(ValueError):
     """Parsing the message would take far more than its size suggests."""
 
 
-def check_bulk(wire: bytes, descriptor: Descriptor) -> None:
-    """Raise MessageTooComplex when `wire`, a message of type `descriptor`, has too many parts.
+def check_bulk(wire: bytes, message: type[Message]) -> None:
+    """Raise MessageTooComplex when `wire`, a serialised `message`, has too many parts.
 
     Raises CodecError when it is no message at all. Takes at most a few dozen milliseconds, and next
     to nothing for a message that is mostly tensors.
     """
-    pending = [(descriptor, 0, len(wire))]
+    pending: list[tuple[Any, int, int]] = [(message.DESCRIPTOR, 0, len(wire))]
     fields = varints = 0
     while pending:
-        message, at, end = pending.pop()
+        descriptor, at, end = pending.pop()
         while at < end:
             fields += 1
             tag, at = _number(wire, at, end)
             kind = tag & 7
             if kind == _DELIMITED:
                 size, at = _number(wire, at, end)
-                field = message.fields_by_number.get(tag >> 3)
+                field = descriptor.fields_by_number.get(tag >> 3)
                 if field is not None and field.message_type is not None:
                     pending.append((field.message_type, at, min(at + size, end)))
                 elif field is not None and field.type in _VARINTS:

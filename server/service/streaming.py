@@ -30,11 +30,11 @@ class StreamService:
         """One answer a request, **in the order of the requests**, each with its id. They run at the same time.
 
         A request that fails is answered with `error_message`, and an `infer_response` that holds its id and, as
-        parameter `error_code`, the status that it would have had alone; the stream goes on. With `call.fails_whole`
-        the first error ends the stream instead, after the answers before it. Every answer carries the parameter
-        `triton_final_response`, true, since each request has one answer: `triton_enable_empty_final_response` adds
-        nothing. When the requests end, so does the stream, once all are answered; when the caller goes, what is still
-        queued is withdrawn.
+        parameter `error_code`, the status that it would have had alone; the stream goes on. With `call.fails_whole`,
+        or once the stream's own deadline is over, an error ends the stream instead, after the answers before it.
+        Every answer carries the parameter `triton_final_response`, true, since each request has one answer:
+        `triton_enable_empty_final_response` adds nothing. When the requests end, so does the stream, once all are
+        answered; when the caller goes, what is still queued is withdrawn.
         """
         window = _Window(self._max_bytes)
         answers: asyncio.Queue[asyncio.Task[ModelStreamInferResponse] | None] = asyncio.Queue()
@@ -71,7 +71,7 @@ class StreamService:
             await self._inference.infer_into(answer.infer_response, request, call)
         except Exception as error:
             shown = expected(error, "ModelStreamInfer")
-            if call.fails_whole:
+            if call.fails_whole or _over(call):
                 raise shown from error
             answer.ClearField("infer_response")
             answer.error_message = shown.message
@@ -79,6 +79,11 @@ class StreamService:
             answer.infer_response.parameters["error_code"].string_param = shown.code.name
         answer.infer_response.parameters["triton_final_response"].bool_param = True
         return answer
+
+
+def _over(call: Call) -> bool:
+    """Whether the time of the whole stream has passed: there is nobody to go on for."""
+    return call.deadline is not None and asyncio.get_running_loop().time() >= call.deadline
 
 
 class _Window:

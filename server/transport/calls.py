@@ -34,7 +34,7 @@ def parsed(message: type[Message], raw: bytes) -> Message:
     """Return the message in `raw`; InvalidArgument when there is none, ResourceExhausted when it has too many parts."""
     try:
         if len(raw) > _LARGE:
-            check_bulk(raw, message.DESCRIPTOR)
+            check_bulk(raw, message)
         return message.FromString(raw)
     except MessageTooComplex as error:
         raise ResourceExhausted(str(error)) from error
