@@ -17,9 +17,12 @@ from layercast.server import banner, environment
 from layercast.server.errors import StartError
 from layercast.server.metrics import Metrics
 from layercast.server.repository import Repository
+from layercast.server.service.administration import AdministrationService, SharedMemoryService
 from layercast.server.service.answering import Answering
 from layercast.server.service.features import FeatureService
 from layercast.server.service.inference import InferenceService
+from layercast.server.service.metadata import MetadataService
+from layercast.server.service.streaming import StreamService
 from layercast.server.settings import Settings
 from layercast.server.transport.grpcio import GrpcFrontEnd
 from layercast.server.transport.http import HttpFrontEnd
@@ -41,9 +44,16 @@ class Server:
         self.metrics.build_info.info(environment.versions())
         self.repository = Repository(settings, self.metrics, threads)
         answering = Answering(self.repository, self.metrics, settings.max_message_bytes)
-        services: dict[str, object] = {
-            INFERENCE_SERVICE: InferenceService(self.repository, answering),
-            FEATURES_SERVICE: FeatureService(self.repository, answering),
+        inference = InferenceService(answering)
+        services = {
+            INFERENCE_SERVICE: (
+                MetadataService(self.repository),
+                inference,
+                StreamService(inference, settings.max_message_bytes),
+                AdministrationService(self.repository),
+                SharedMemoryService(),
+            ),
+            FEATURES_SERVICE: (FeatureService(self.repository, answering),),
         }
         self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection)
         self._http = HttpFrontEnd(application(self.repository, self.metrics.registry), "HTTP", "--http-port")

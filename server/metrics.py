@@ -67,6 +67,8 @@ class Metrics:
     def _transport(self) -> None:
         self.rpc_started = self._counter("grpc_server_started_total", "RPCs started", _RPC)
         self.rpc_handled = self._counter("grpc_server_handled_total", "RPCs ended, by status", (*_RPC, "grpc_code"))
+        self.rpc_received = self._counter("grpc_server_msg_received_total", "Messages received", _RPC)
+        self.rpc_sent = self._counter("grpc_server_msg_sent_total", "Messages sent", _RPC)
         self.rpc_duration = self._histogram("grpc_server_handling_seconds", "Time from start to end of an RPC", _RPC)
 
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:

@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from layercast.server.batcher import Reason
+from layercast.server.errors import ServingError
 from layercast.server.metrics import Metrics
 
 Kind = Literal["predict", "features"]
 _KINDS: Final[tuple[Kind, ...]] = ("predict", "features")
 _REASONS: Final[tuple[Reason, ...]] = ("full", "timeout", "idle", "drain")
+# Every status that a request can end with; a series exists for each from the load of a model.
+_CODES: Final = sorted({"OK", "CANCELLED", *(error.code.name for error in ServingError.__subclasses__())})
 _REJECTIONS: Final = ("queue_full", "too_large", "deadline", "draining")
 
 
@@ -59,9 +62,7 @@ class ModelMonitor:
 
     def __init__(self, metrics: Metrics, model: str, version: str, device: str, capacity: int) -> None:
         self.statistics = Statistics()
-        self._metrics = metrics
-        self._labels = (model, version)
-        own = self._labels
+        own = (model, version)
         self._rows = metrics.rows.labels(*own)
         self._taps = metrics.taps.labels(*own)
         self._queue_rows = metrics.queue_rows.labels(*own)
@@ -69,7 +70,7 @@ class ModelMonitor:
         self._compute_duration = metrics.compute_duration.labels(*own, device)
         self._batch_rows = metrics.batch_rows.labels(*own)
         self._request_duration = {kind: metrics.request_duration.labels(*own, kind) for kind in _KINDS}
-        self._ok = {kind: metrics.requests.labels(*own, kind, "OK") for kind in _KINDS}
+        self._ended = {(kind, code): metrics.requests.labels(*own, kind, code) for kind in _KINDS for code in _CODES}
         self._batches = {reason: metrics.batches.labels(*own, reason) for reason in _REASONS}
         self._rejected = {reason: metrics.rejected.labels(*own, reason) for reason in _REJECTIONS}
         self._cancelled = {when: metrics.cancelled.labels(*own, when) for when in ("queued", "running")}
@@ -109,7 +110,7 @@ class ModelMonitor:
 
     def succeeded(self, kind: Kind, spent: Spent) -> None:
         """A request was answered."""
-        self._ok[kind].inc()
+        self._ended[kind, "OK"].inc()
         self._request_duration[kind].observe(spent.total / 1e9)
         statistics = self.statistics
         statistics.success.add(spent.total)
@@ -120,6 +121,6 @@ class ModelMonitor:
 
     def failed(self, kind: Kind, code: str, total_ns: int) -> None:
         """A request ended with an error."""
-        self._metrics.requests.labels(*self._labels, kind, code).inc()
+        self._ended[kind, code].inc()
         self._request_duration[kind].observe(total_ns / 1e9)
         self.statistics.fail.add(total_ns)

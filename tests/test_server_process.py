@@ -142,10 +142,9 @@ def test_a_second_server_on_the_ports_of_a_running_one_is_refused_and_the_first_
         )
 
 
-def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "layercast.server", *arguments], capture_output=True, text=True, timeout=60
-    )
+def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "layercast.server", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
 
 
 def test_wrong_options_are_told_and_exit_with_two_or_one():
@@ -157,6 +156,13 @@ def test_wrong_options_are_told_and_exit_with_two_or_one():
     missing = run("serve", "--repository", "/nonexistent", *FREE)
     assert missing.returncode == 1
     assert "is not a folder" in missing.stderr
+
+
+def test_a_protobuf_that_hostile_messages_can_bring_down_stops_the_start(repository):
+    refused = run("serve", "--repository", str(repository), *FREE, PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION="python")
+    assert refused.returncode == 1
+    assert "protobuf runs on its 'python' implementation" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_help_lists_every_setting_and_loads_no_torch():

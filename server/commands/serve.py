@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         settings = read(given)
         logs.configure(settings.log_format)
-        if clash := environment.onnxruntime_clash():
-            raise StartError(clash)
+        if fault := environment.protobuf_fault() or environment.onnxruntime_clash():
+            raise StartError(fault)
         return _run(settings)
     except StartError as error:
         print(f"layercast serve: {error}", file=sys.stderr)

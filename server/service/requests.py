@@ -31,7 +31,7 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, Array], datatypes: Map
     for name in inputs:
         if name not in specs:
             raise InvalidArgument(
-                f"model {manifest.name!r} has no input {quoted(name)}; {near(name[:128], list(specs))}", field="inputs"
+                f"model {manifest.name!r} has no input {quoted(name)}; {near(name, list(specs))}", field="inputs"
             )
     for name in specs:
         if name not in inputs:
@@ -144,7 +144,7 @@ def resolve_outputs(manifest: Manifest, names: Sequence[str]) -> Wanted:
             outputs.append(name)
             order.append(name)
         else:
-            hint = near(name[:128], known)
+            hint = near(name, known)
             raise InvalidArgument(
                 f"unexpected inference output {quoted(name)} for model {manifest.name!r}; {hint}; "
                 "a layer is asked for as layer:PATH",
