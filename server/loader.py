@@ -3,7 +3,8 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.onnx import OnnxEngine
 from layercast.server.model import Loaded
 from layercast.server.runner import Runner
-from layercast.server.settings import ModelSettings
+from layercast.server.settings import EngineName, ModelSettings
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ _TOLERANCE: Final = 1e-3
 _TIMED_ROWS: Final = 8
 _TIMED_RUNS: Final = 7
 # torch.export programs load slowly and run as eager does here; they are used when asked for.
-_CANDIDATES: Final = ("onnx", "torchscript")
+_CANDIDATES: Final[tuple[EngineName, ...]] = ("onnx", "torchscript")
 
 
 class LoadError(Exception):
@@ -38,28 +39,55 @@ def load(directory: Path, settings: ModelSettings, threads: int) -> Loaded:
 
     Raises LoadError for a file that differs from the manifest, a module in training mode, outputs that differ from
     the golden ones, or an engine or device that is not to be had.
+
+    `threads` are what this process may use; the model's instances share them evenly, at least one each.
     """
     start = time.perf_counter()
-    try:
+    own = max(1, threads // settings.instances)
+    # Torch counts threads per thread, and gives a new one what was set last anywhere.
+    torch.set_num_threads(own)
+    with _told(directory):
         manifest = Manifest.read(directory)
         manifest.verify_files(directory)
         device = choose_device(settings.device)
-        engines = _engines(directory, manifest, settings, device, threads)
+        engines = _engines(directory, manifest, settings, device, own)
         recorded = golden(directory, manifest)
-    except (ValueError, OSError, RuntimeError, EngineError) as error:
-        raise LoadError(_without_paths(str(error), directory)) from error
     for engine in engines.values():
         _check_golden(engine, recorded)
+    fast = _fastest(manifest, engines, recorded) if settings.engine == "auto" else settings.engine
+    runners = [_runner(manifest, engines, fast)]
+    for _ in range(1, settings.instances):
+        with _told(directory):
+            copies = _engines(directory, manifest, settings.model_copy(update={"engine": fast}), device, own)
+        runners.append(_runner(manifest, copies, fast))
+        _check_golden(runners[-1].fast, recorded)
+    for runner in runners:
+        _time(runner.fast, _rows(recorded.inputs, settings.max_batch), runs=1)
+    warmup_ms = _time(runners[0].fast, _rows(recorded.inputs, 1))
+    return Loaded(manifest, settings, tuple(runners), own, time.perf_counter() - start, warmup_ms)
+
+
+@contextmanager
+def _told(directory: Path) -> Iterator[None]:
+    """Turn what reading an artefact raises into a LoadError."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, EngineError) as error:
+        raise LoadError(_without_paths(str(error), directory)) from error
+
+
+def _fastest(manifest: Manifest, engines: dict[EngineName, Engine], recorded: Golden) -> EngineName:
+    """Return the name of the engine that runs a small batch in the shortest time."""
     timed = {name: _time(engine, _rows(recorded.inputs, _TIMED_ROWS)) for name, engine in engines.items()}
-    fast = min(timed, key=lambda name: timed[name]) if settings.engine == "auto" else settings.engine
     logger.info("%s: %s", manifest.name, ", ".join(f"{name} {ms:.2f} ms" for name, ms in timed.items()))
+    return min(timed, key=lambda name: timed[name])
+
+
+def _runner(manifest: Manifest, engines: dict[EngineName, Engine], fast: EngineName) -> Runner:
     eager = engines["eager"]
     if not isinstance(eager, EagerEngine):
         raise TypeError("this is a bug: the eager engine is of another class")
-    runner = Runner(manifest, engines[fast], eager)
-    _time(runner.fast, _rows(recorded.inputs, settings.max_batch), runs=1)
-    warmup_ms = _time(runner.fast, _rows(recorded.inputs, 1))
-    return Loaded(manifest, settings, runner, time.perf_counter() - start, warmup_ms)
+    return Runner(manifest, engines[fast], eager)
 
 
 def choose_device(name: str) -> torch.device:
@@ -75,22 +103,22 @@ def choose_device(name: str) -> torch.device:
 
 def _engines(
     directory: Path, manifest: Manifest, settings: ModelSettings, device: torch.device, threads: int
-) -> dict[str, Engine]:
+) -> dict[EngineName, Engine]:
     """Load the eager engine, which layers need, and the engines that may serve plain predictions."""
     module = load_module(directory, manifest)
     assert_eval(module)
-    loaders: dict[str, Callable[[], Engine]] = {
+    loaders: dict[EngineName, Callable[[], Engine]] = {
         "eager": lambda: EagerEngine(module.to(device), manifest, device),
         "torchscript": lambda: programs.torchscript(directory, manifest, device),
         "exported": lambda: programs.exported(directory, manifest, device),
         "onnx": lambda: OnnxEngine(directory, manifest, device, threads),
     }
-    wanted: list[str] = ["eager"]
+    wanted: list[EngineName] = ["eager"]
     if settings.engine == "auto":
         wanted += [name for name in _CANDIDATES if name in manifest.programs]
     elif settings.engine != "eager":
         wanted.append(settings.engine)
-    engines: dict[str, Engine] = {}
+    engines: dict[EngineName, Engine] = {}
     for name in wanted:
         try:
             engines[name] = loaders[name]()

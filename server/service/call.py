@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`deadline` is on the event loop's clock, in seconds; None when the caller set none."""
+    """`deadline` is on the event loop's clock, in seconds; None when the caller set none. `peer` is who calls."""
 
     deadline: float | None = None
+    peer: str = ""

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2_grpc as health_rpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE_SERVICE, POOL, Method
-from layercast.server.errors import StartError, Unimplemented
+from layercast.server.errors import DeadlineCancelled, StartError, Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
 from layercast.server.transport.ports import bound_socket, port_in_use
@@ -108,9 +108,10 @@ class _Call:
         self._started.inc()
         code = grpc.StatusCode.OK
         try:
-            return await self._answer(request, Call(_deadline(context)))
-        except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
+            return await self._answer(request, Call(_deadline(context), peer=context.peer()))
+        except asyncio.CancelledError as gone:
+            late = isinstance(gone, DeadlineCancelled)
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
         except Exception as error:
             failed = reply(error, self._path)
