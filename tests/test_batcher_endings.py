@@ -2,12 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import pytest
-from batching import LONG, Held, ask, asking, batching, until, work
+from batching import LONG, Held, ask, asking, batching, negate, until, work
 
+from layercast.server.batching.pace import Pace
 from layercast.server.errors import DeadlineExceeded, Unavailable
-from layercast.server.work import Terms
+from layercast.server.work import Rows, Terms, Work
 
 
 def soon(seconds: float) -> float:
@@ -86,6 +88,40 @@ async def test_five_calls_that_expire_behind_one_that_runs_are_five_deadlines_an
         assert recorder.expiries == {"queued": 5}
 
 
+async def test_no_forward_is_spent_on_a_deadline_that_it_is_sure_to_miss():
+    calls = []
+
+    def slow(works: Sequence[Work]) -> list[Rows]:
+        calls.append(len(works))
+        time.sleep(0.4)
+        return negate(works)
+
+    async with batching(slow) as (batcher, recorder):
+        with pytest.raises(DeadlineExceeded):
+            await ask(batcher, 1, deadline=soon(0.1))  # how long it takes is not known yet
+        await until(lambda: recorder.executions != [])
+        for _ in range(3):
+            with pytest.raises(DeadlineExceeded):
+                await ask(batcher, 2, deadline=soon(0.1))
+        assert calls == [1]
+        assert recorder.expiries == {"running": 1, "queued": 3}
+        assert await ask(batcher, 3, deadline=soon(10)) == [-3]
+        assert calls == [1, 1]
+
+
+def test_a_slow_moment_refuses_nothing_for_good():
+    pace, second = Pace(), 1_000_000_000
+    assert pace.least("k", 4, 0) == 0
+    pace.ran("k", 4, 600, now=0)
+    pace.ran("k", 4, 400, now=10)
+    pace.ran("k", 4, 800, now=20)
+    assert [pace.least("k", rows, 30) for rows in (1, 4, 8)] == [50, 200, 200]
+    assert pace.least("other", 4, 30) == 0
+    assert pace.least("k", 4, 11 + second) == 0
+    pace.ran("k", 1, 1000, now=11 + second)
+    assert pace.least("k", 4, 12 + second) == 500
+
+
 async def test_a_deadline_that_passes_while_the_rows_run_is_told_apart():
     engine = Held()
     async with batching(engine) as (batcher, recorder):
@@ -124,8 +160,8 @@ async def test_the_queue_timeout_fires_at_its_own_time_while_another_batch_runs(
         engine.leave.set()
         assert await running == [-1]  # what runs waits no more, however long it takes
         assert engine.ran == [[1]]
+        batcher.hold()
         with pytest.raises(DeadlineExceeded):
-            batcher.hold()
             await ask(batcher, 3, deadline=soon(0.05))
         assert recorder.rejections == {"queue_timeout": 1}
         assert recorder.expiries == {"queued": 1}

@@ -30,10 +30,8 @@ async def test_a_batch_of_a_preferred_size_leaves_and_what_is_left_waits(name):
     sizes, batches, left = PREFERRED[name]
     async with batching(max_batch=8, delay=LONG, preferred=(2, 6)) as (batcher, recorder):
         batcher.hold()
-        asked = []
-        for size in sizes:
-            asked.append(asking(batcher, *range(size)))
-            await until(lambda wanted=sum(sizes[: len(asked)]): recorder.waiting == wanted)
+        asked = [asking(batcher, *range(size)) for size in sizes]
+        await until(lambda: recorder.waiting == sum(sizes))
         batcher.release()
         await until(lambda: len(recorder.batches) >= len(batches))
         assert recorder.batches == batches

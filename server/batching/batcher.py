@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from layercast.server.batching.admission import RETRY_SECONDS, Admission
 from layercast.server.batching.gather import Batch, gather, ripe_rows
 from layercast.server.batching.instance import Instance, Ran, Run
+from layercast.server.batching.pace import Pace
 from layercast.server.batching.policy import Execution, Limits, Observer, Phase, Reason
 from layercast.server.batching.queue import Queue
 from layercast.server.errors import DeadlineCancelled, DeadlineExceeded, ModelFailed, Unavailable
@@ -43,6 +44,7 @@ class Batcher:
         self._observer = observer
         self._queue = Queue(ripe_rows(limits))
         self._admission = Admission(name, limits, self._queue, observer, self._end)
+        self._pace = Pace()
         self._running: set[Work] = set()
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -81,7 +83,8 @@ class Batcher:
         """Queue the works of one request, all or none, and return their answers in order.
 
         Raises Unavailable at once when there is no room or the model is draining, and when the queue timeout passes
-        before the last work is taken to run; DeadlineExceeded as soon as the deadline passes. The rows of a caller
+        before the last work is taken to run; DeadlineExceeded as soon as the deadline passes, or when the rows could
+        run but are sure to be late. The rows of a caller
         who is cancelled leave the queue at once; when it is its deadline that cancels it, that is counted as such.
         """
         slack = self._admit(works, terms)
@@ -95,6 +98,9 @@ class Batcher:
                 raise
             self._observer.expired(phase)
             raise _too_late() from None
+        except DeadlineExceeded:
+            self._observer.expired(self._withdraw(works))
+            raise
         except asyncio.CancelledError:
             phase = self._withdraw(works)
             if terms.deadline is not None and self._loop.time() >= terms.deadline - slack:
@@ -218,8 +224,10 @@ class Batcher:
         while True:
             await self._gate.wait()
             now = time.perf_counter_ns()
-            batch = gather(self._queue, self._limits, now, self._draining)
-            if batch:
+            gathered = gather(self._queue, self._limits, self._pace, now, self._draining)
+            for work in gathered.dropped:
+                self._end(work.parts, _too_late())
+            if batch := gathered.batch:
                 self._running.update(batch.works)
                 self._changed()
                 for work in batch.works:
@@ -266,6 +274,7 @@ class Batcher:
 
     def _answer(self, works: Sequence[Work], ran: Ran, reason: Reason) -> None:
         rows = sum(work.rows for work in works)
+        self._pace.ran(works[0].key, rows, ran.compute_ns, time.perf_counter_ns())
         tokens = sum(work.rows * work.length for work in works)
         padding = rows * max(work.length for work in works) - tokens
         self._observer.executed(Execution(rows, reason, ran.compute_ns, tokens, padding))

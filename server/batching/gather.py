@@ -1,7 +1,8 @@
 """Which works run next, and when: the one place that decides how a batch is made. Nothing here waits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from layercast.server.batching.pace import Pace
 from layercast.server.batching.policy import Limits, Reason
 from layercast.server.batching.queue import Queue
 from layercast.server.work import Work
@@ -15,30 +16,42 @@ class Batch:
     reason: Reason
 
 
-def gather(queue: Queue, limits: Limits, now: int, draining: bool) -> Batch | None:
-    """Take the next batch out of the queue, or None when every group may still wait for more rows.
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The next batch, None when every group may still wait for more rows; and works that will not run.
+
+    Those are out of the queue too. Nobody waits for them any more, or not for as long as a forward takes.
+    """
+
+    batch: Batch | None = None
+    dropped: list[Work] = field(default_factory=list)
+
+
+def gather(queue: Queue, limits: Limits, pace: Pace, now: int, draining: bool) -> Gathered:
+    """Take the next batch out of the queue.
 
     A group may run once its oldest work has waited for the delay, once it fills a batch, once it can make exactly a
     preferred number of rows or more than the largest, and always while draining. Of those that may, the highest
-    priority goes first, then the peer whose turn it is, then its oldest work. Works that nobody waits for any more
-    are dropped on the way.
+    priority goes first, then the peer whose turn it is, then its oldest work.
     """
+    dropped: list[Work] = []
     until = now if draining else now - limits.delay_ns
     while (oldest := queue.oldest()) and (oldest.arrived <= until or queue.ripe()):
         for lead in queue.leads(until):
             works = queue.batch(lead, limits.max_batch)
-            dead = [work for work in works if not work.alive(now)]
-            if dead:
+            earliest = now + pace.least(lead.key, sum(work.rows for work in works), now)
+            if dead := [work for work in works if not work.alive(earliest)]:
                 break
             batch = _close(queue, limits, lead, works, until, draining)
             if batch:
                 queue.take(batch.works)
-                return batch
+                return Gathered(batch, dropped)
         else:
-            return None
+            break
         for work in dead:
             queue.discard(work)
-    return None
+        dropped += dead
+    return Gathered(None, dropped)
 
 
 def _close(queue: Queue, limits: Limits, lead: Work, works: list[Work], until: int, draining: bool) -> Batch | None:

@@ -122,8 +122,9 @@ class Queue:
                 if first.arrived <= until:
                     yield first
                 elif self._ripe_keys:
-                    ripe = (level.groups.get(key, {}).get(peer) for key in self._ripe_keys)
-                    yield from sorted((next(iter(own)) for own in ripe if own), key=lambda work: work.arrived)
+                    lines = (level.groups[key] for key in self._ripe_keys if key in level.groups)
+                    heads = (next(iter(own[peer])) for own in lines if peer in own)
+                    yield from sorted(heads, key=lambda work: work.arrived)
 
     def batch(self, lead: Work, limit: int) -> list[Work]:
         """Return the works of the lead's group that would run next, up to `limit` rows together, at least one.
