@@ -288,4 +288,4 @@ def _answer(work: Work, own: Rows, compute_ns: int, batch_rows: int) -> Answer:
 
 
 def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed before the answer; allow more time or send fewer rows")
+    return DeadlineExceeded("the deadline passes before the answer can be there; allow more time or send fewer rows")
