@@ -1,11 +1,13 @@
 """How requests share a model: preferred sizes as in Triton, priorities, and even shares between peers."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
-from batching import LONG, Held, ask, asking, batching, until
+from batching import LONG, Held, ask, asking, batching, negate, until
 
 from layercast.server.errors import Unavailable
+from layercast.server.work import Rows, Work
 
 # Sizes of requests that wait, and the batches that leave at once; preferred sizes 2 and 6, at most 8 rows, and a delay
 # that never ends. From Triton's L0_batcher.
@@ -121,3 +123,31 @@ async def test_shares_hold_for_bytes_too_and_nobody_is_turned_out_for_a_request_
         assert [type(error) for error in ended] == [Unavailable] * 2
         batcher.release()
         assert await asyncio.gather(small, *greedy[:3]) == [[0, -1, -2], [0, 0], [-1, -1], [-2, -2]]
+
+
+async def test_at_ten_times_the_capacity_every_batch_is_full_and_what_is_accepted_is_answered():
+    """While each batch of 8 runs, 80 more rows come: 8 find room, the others are refused before the batch has ended."""
+    steps: asyncio.Queue[None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def paced(works: Sequence[Work]) -> list[Rows]:
+        asyncio.run_coroutine_threadsafe(steps.get(), loop).result(30)
+        return negate(works)
+
+    asked: list[asyncio.Task[list[float]]] = []
+    async with batching(paced, queue_rows=16) as (batcher, recorder):
+        for number in range(3):
+            asked += [asking(batcher, i) for i in range(8)]
+            await until(lambda wanted=8 * number: recorder.waiting == wanted)
+        for ran in range(1, 11):
+            asked += [asking(batcher, 100 * ran + i, peer=str(i % 5)) for i in range(80)]
+            await until(lambda wanted=72 * ran + 8: recorder.rejections["queue_full"] == wanted)
+            assert len(recorder.executions) == ran - 1
+            steps.put_nowait(None)
+            await until(lambda wanted=ran: len(recorder.executions) == wanted and recorder.waiting == 8)
+        steps.put_nowait(None)
+        steps.put_nowait(None)
+        ended = await asyncio.gather(*asked, return_exceptions=True)
+    assert recorder.batches == [(8, "full")] * 12
+    assert sum(isinstance(end, list) for end in ended) == 96
+    assert sum(isinstance(end, Unavailable) for end in ended) == len(ended) - 96

@@ -1,106 +1,20 @@
-"""Batching seen from outside: a real server on loopback, models that can be held, and the counts that it reports."""
+"""Batching seen from outside: a real server on loopback, its settings, what shares a forward, what fails alone."""
 
-import shutil
 import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import torch
-from google.rpc.error_details_pb2 import BadRequest, RetryInfo
-from google.rpc.status_pb2 import Status
-from serving import Running, running
-from test_server_inference import assert_answers, offline, request, rows_for, values_of, wait_until
+from google.rpc.error_details_pb2 import BadRequest
+from holding import HeldModel, details, failure, serving_shared
+from serving import running
+from test_server_inference import assert_answers, offline, request, rows_for, values_of
 from test_server_operations import get, samples, value
 
-from layercast.proto.messages import ModelConfigRequest, ModelStatisticsRequest
-from layercast.proto.rpc import INFERENCE
-
-
-@contextmanager
-def serving(repository: Path, tmp_path: Path, settings: str = "", **given: Any) -> Iterator[Running]:
-    """A server on the model `shared` alone, with `settings` in its own file."""
-    shutil.copytree(repository / "shared", tmp_path / "shared")
-    (tmp_path / "shared" / "layercast.toml").write_text(settings)
-    with running(tmp_path, **{"engine": "eager", **given}) as server:
-        yield server
-
-
-class Model:
-    """The model `shared` of a server: held and let go, with what its forwards were given."""
-
-    def __init__(self, server: Running) -> None:
-        self.server = server
-        self.model = server.server.repository.find("shared", "")
-        self.batches: list[int] = []
-        self.first: list[float] = []
-        self.entered, self.leave = threading.Event(), threading.Event()
-        self.leave.set()
-        for runner in self.model.loaded.runners:
-            runner.fast.run = self._watched(runner.fast.run)
-
-    def _watched(self, run: Any) -> Any:
-        def watched(inputs: Any) -> Any:
-            self.batches.append(len(inputs["x"]))
-            self.first += [float(value) for value in inputs["x"][:, 0]]
-            self.entered.set()
-            assert self.leave.wait(30)
-            return run(inputs)
-
-        return watched
-
-    def ask(self, *firsts: float, channel: grpc.Channel | None = None, within: float = 30, **parameters: int) -> Any:
-        """Send a row for each of `firsts`, its first value, and return the call."""
-        x = np.zeros((len(firsts), 10), "f4")
-        x[:, 0] = firsts
-        message = request("shared", x)
-        for name, number in parameters.items():
-            message.parameters[name].int64_param = number
-        method = INFERENCE["ModelInfer"]
-        stub = (channel or self.server.channel).unary_unary(
-            method.path, method.request.SerializeToString, method.response.FromString
-        )
-        return stub.future(message, timeout=within)
-
-    def waits(self, rows: int) -> None:
-        wait_until(self.server, lambda: self.model.batcher.queued_rows == rows)
-
-    def occupy(self) -> Any:
-        """Let a forward begin that stays until `leave` is set."""
-        self.leave.clear()
-        self.entered.clear()
-        call = self.ask(-1)
-        assert self.entered.wait(10)
-        return call
-
-    def hold(self) -> None:
-        self.server.on_loop(self.model.batcher.hold)
-
-    def release(self) -> None:
-        self.server.on_loop(self.model.batcher.release)
-
-    def metric(self, name: str, **labels: str) -> float:
-        found = samples(get(self.server.metrics))
-        return value(found, name, model="shared", version="1", **labels)
-
-
-def failure(call: Any) -> grpc.RpcError:
-    error = call.exception(timeout=30)
-    assert isinstance(error, grpc.RpcError)
-    return error
-
-
-def details(error: grpc.RpcError, kind: Any) -> Any:
-    status = Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
-    unpacked = kind()
-    assert any(detail.Unpack(unpacked) for detail in status.details)
-    return unpacked
+from layercast.proto.messages import ModelConfigRequest
 
 
 def test_the_configuration_shows_what_is_set(repository, tmp_path):
@@ -113,7 +27,7 @@ def test_the_configuration_shows_what_is_set(repository, tmp_path):
     queue_timeout_ms = 250.0
     instances = 2
     """
-    with serving(repository, tmp_path, settings) as server:
+    with serving_shared(repository, tmp_path, settings) as server:
         config = server.call("ModelConfig", ModelConfigRequest(name="shared")).config
         batching, policy = config.dynamic_batching, config.dynamic_batching.default_queue_policy
         assert (config.max_batch_size, batching.max_queue_delay_microseconds) == (8, 5000)
@@ -125,9 +39,9 @@ def test_the_configuration_shows_what_is_set(repository, tmp_path):
 
 
 def test_without_batching_each_request_runs_alone_and_large_ones_are_split_all_the_same(repository, modules, tmp_path):
-    with serving(repository, tmp_path, "batching = false\nmax_batch = 8\nmax_delay_ms = 10000.0\n") as server:
+    with serving_shared(repository, tmp_path, "batching = false\nmax_batch = 8\nmax_delay_ms = 10000.0\n") as server:
         assert not server.call("ModelConfig", ModelConfigRequest(name="shared")).config.HasField("dynamic_batching")
-        model = Model(server)
+        model = HeldModel(server)
         model.hold()
         small = [model.ask(i) for i in range(3)]
         x = rows_for("shared", 20)
@@ -140,17 +54,17 @@ def test_without_batching_each_request_runs_alone_and_large_ones_are_split_all_t
 
 
 def test_a_model_may_refuse_requests_over_its_largest_batch(repository, modules, tmp_path):
-    with serving(repository, tmp_path, 'oversized = "refuse"\nmax_batch = 8\n') as server:
+    with serving_shared(repository, tmp_path, 'oversized = "refuse"\nmax_batch = 8\n') as server:
         with pytest.raises(grpc.RpcError, match="the request has 9 rows, model 'shared' takes at most 8") as raised:
             server.call("ModelInfer", request("shared", rows_for("shared", 9)))
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert_answers(server, modules)
-        assert Model(server).metric("layercast_rejected_total", reason="too_large") == 1
+        assert HeldModel(server).metric("layercast_rejected_total", reason="too_large") == 1
 
 
 def test_the_parameter_priority_orders_what_waits(repository, tmp_path):
-    with serving(repository, tmp_path, "priorities = 2\nmax_batch = 1\n") as server:
-        model = Model(server)
+    with serving_shared(repository, tmp_path, "priorities = 2\nmax_batch = 1\n") as server:
+        model = HeldModel(server)
         calls = [model.occupy()]
         for at, priority in enumerate((2, 0, 1, 1), 1):
             calls.append(model.ask(at, priority=priority))
@@ -175,86 +89,10 @@ def test_a_wrong_parameter_is_named(served, modules, name, kind, given):
     assert_answers(served, modules)
 
 
-def test_a_queue_timeout_and_a_deadline_are_told_apart(repository, tmp_path):
-    with serving(repository, tmp_path, "queue_timeout_ms = 5000.0\nmax_batch = 1\n") as server:
-        model = Model(server)
-        running_call = model.occupy()
-        start = time.perf_counter()
-        timed_out = failure(model.ask(1, timeout=200_000))
-        assert 0.18 < time.perf_counter() - start < 2
-        assert timed_out.code() is grpc.StatusCode.UNAVAILABLE
-        assert "Request timeout expired" in timed_out.details()
-        assert details(timed_out, RetryInfo).retry_delay.ToTimedelta().total_seconds() > 0
-        assert failure(model.ask(2, within=0.3)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        wait_until(server, lambda: model.model.batcher.queued_rows == 0)
-        assert not running_call.done()
-        model.leave.set()
-        running_call.result()
-        assert model.batches == [1]
-        assert model.metric("layercast_rejected_total", reason="queue_timeout") == 1
-        assert model.metric("layercast_expired_total", when="queued") == 1
-
-
-def test_deadlines_behind_a_running_batch_are_counted_as_deadlines_and_run_nothing(repository, tmp_path):
-    with serving(repository, tmp_path, "max_batch = 1\n") as server:
-        model = Model(server)
-        running_call = model.occupy()
-        late = [model.ask(1, within=0.05) for _ in range(5)]
-        assert {failure(call).code() for call in late} == {grpc.StatusCode.DEADLINE_EXCEEDED}
-        wait_until(server, lambda: model.model.batcher.queued_rows == 0)
-        model.leave.set()
-        running_call.result()
-        assert model.batches == [1]
-        assert server.call("ModelStatistics", ModelStatisticsRequest(name="shared")).model_stats[0].execution_count == 1
-        assert model.metric("layercast_expired_total", when="queued") == 5
-        assert model.metric("layercast_rejected_total", reason="deadline") == 5
-        assert model.metric("layercast_cancelled_total", when="queued") == 0
-        assert model.metric("layercast_requests_total", kind="predict", code="DEADLINE_EXCEEDED") == 5
-        rpc = {"grpc_type": "unary", "grpc_service": "inference.GRPCInferenceService", "grpc_method": "ModelInfer"}
-        found = samples(get(server.metrics))
-        assert value(found, "grpc_server_handled_total", grpc_code="DEADLINE_EXCEEDED", **rpc) == 5
-        assert value(found, "grpc_server_handled_total", grpc_code="CANCELLED", **rpc) == 0
-
-
-def test_a_burst_over_the_queue_is_refused_at_once_while_a_batch_runs(repository, tmp_path):
-    with serving(repository, tmp_path, "max_batch = 1\nqueue_rows = 8\n") as server:
-        model = Model(server)
-        running_call = model.occupy()
-        burst = [model.ask(i) for i in range(40)]
-        wait_until(server, lambda: sum(call.done() for call in burst) == 32)
-        assert not running_call.done()
-        refused = [call for call in burst if call.done()]
-        assert {failure(call).code() for call in refused} == {grpc.StatusCode.UNAVAILABLE}
-        assert all(details(failure(call), RetryInfo).retry_delay.nanos for call in refused)
-        assert model.metric("layercast_queue_rows") == 8
-        assert model.metric("layercast_queue_bytes") == 8 * 40
-        model.leave.set()
-        assert all(call.result() for call in burst if call not in refused)
-        assert len(model.batches) == 9
-        assert model.metric("layercast_rejected_total", reason="queue_full") == 32
-        assert model.metric("layercast_queue_rows") == model.metric("layercast_queue_bytes") == 0
-
-
-def test_a_greedy_connection_leaves_the_others_their_turn(repository, tmp_path):
-    with serving(repository, tmp_path, "max_batch = 2\n") as server:
-        model = Model(server)
-        own = [("grpc.use_local_subchannel_pool", 1)]
-        with grpc.insecure_channel(server.url, own) as greedy, grpc.insecure_channel(server.url, own) as small:
-            calls: list[Future[Any]] = [model.occupy()]
-            calls += [model.ask(i, channel=greedy) for i in range(100, 160)]
-            model.waits(60)
-            calls.append(model.ask(1, channel=small))
-            model.waits(61)
-            model.leave.set()
-            for call in calls:
-                call.result()
-            assert 1 in model.first[1:3]
-
-
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_model_that_gives_one_row_whatever_it_gets_fails_for_all_of_a_batch_once(repository, modules, tmp_path, rows):
-    with serving(repository, tmp_path) as server:
-        model = Model(server)
+    with serving_shared(repository, tmp_path) as server:
+        model = HeldModel(server)
         runner = model.model.loaded.runner
         right = runner.fast.run
         runner.fast.run = lambda inputs: {name: array[:1] for name, array in right(inputs).items()}
@@ -272,7 +110,7 @@ def test_a_model_that_gives_one_row_whatever_it_gets_fails_for_all_of_a_batch_on
 
 def test_instances_share_nothing_divide_the_processors_and_run_at_the_same_time(repository, modules, tmp_path):
     torch.set_num_threads(1)  # as another model's load may leave it
-    with serving(repository, tmp_path, 'instances = 2\nmax_batch = 1\nengine = "onnx"\n') as server:
+    with serving_shared(repository, tmp_path, 'instances = 2\nmax_batch = 1\nengine = "onnx"\n') as server:
         served = server.server.repository.find("shared", "")
         one, two = served.loaded.runners
         assert one.fast is not two.fast
@@ -299,7 +137,7 @@ def test_instances_share_nothing_divide_the_processors_and_run_at_the_same_time(
             values_of(server.call("ModelInfer", request("shared", x))), offline(modules["shared"], x), atol=1e-5
         )
         assert sorted(threads) == [(f"layercast-shared-{at}", served.loaded.threads) for at in (0, 1)]
-        assert Model(server).metric("layercast_model_memory_bytes", device="cpu") == 2 * 110 * 4
+        assert HeldModel(server).metric("layercast_model_memory_bytes", device="cpu") == 2 * 110 * 4
 
 
 def test_texts_of_many_lengths_from_many_threads_equal_their_solo_answers_and_the_padding_is_counted(

@@ -3,7 +3,7 @@
 Plain data, no clock, no loop. Every change takes constant time, so that a full queue can be cancelled row by row.
 """
 
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
@@ -34,7 +34,7 @@ class _Level:
     """The works of one priority, twice: each peer's line, and each group's lines. In both, the first is next."""
 
     peers: OrderedDict[str, _Line] = field(default_factory=OrderedDict)
-    groups: dict[Hashable, OrderedDict[str, _Line]] = field(default_factory=dict)
+    groups: defaultdict[Hashable, OrderedDict[str, _Line]] = field(default_factory=lambda: defaultdict(OrderedDict))
 
 
 class Queue:
@@ -47,7 +47,7 @@ class Queue:
         self._group_rows: dict[Hashable, int] = {}
         self._ripe_keys: set[Hashable] = set()
         self.held = Held()
-        self.peers: dict[str, Held] = {}
+        self.peers: defaultdict[str, Held] = defaultdict(Held)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -65,11 +65,14 @@ class Queue:
             self._levels[work.priority] = _Level()
             self._levels = dict(sorted(self._levels.items()))
         level = self._levels[work.priority]
-        level.peers.setdefault(work.peer, OrderedDict())[work] = None
-        level.groups.setdefault(work.key, OrderedDict()).setdefault(work.peer, OrderedDict())[work] = None
+        for lines in (level.peers, level.groups[work.key]):
+            if work.peer in lines:
+                lines[work.peer][work] = None
+            else:
+                lines[work.peer] = OrderedDict({work: None})
         self._order[work] = None
         self.held.add(work)
-        self.peers.setdefault(work.peer, Held()).add(work)
+        self.peers[work.peer].add(work)
         self._count(work.key, work.rows)
 
     def discard(self, work: Work) -> bool:
