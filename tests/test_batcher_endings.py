@@ -63,11 +63,17 @@ async def test_a_passed_deadline_is_told_at_once_and_the_row_never_runs():
 
 
 async def test_a_deadline_that_has_passed_on_arrival_takes_no_place_in_the_queue():
-    async with batching() as (batcher, recorder):
+    async with batching(queue_rows=1) as (batcher, recorder):
+        batcher.hold()
+        kept = asking(batcher, 1, peer="other")
+        await until(lambda: recorder.waiting == 1)
         with pytest.raises(DeadlineExceeded):
             await ask(batcher, 2, deadline=soon(-0.01))
         assert recorder.expiries == {"queued": 1}
-        assert recorder.batches == []
+        assert recorder.rejections == {}
+        batcher.release()
+        assert await kept == [-1]
+        assert recorder.batches == [(1, "idle")]
 
 
 async def test_five_calls_that_expire_behind_one_that_runs_are_five_deadlines_and_one_execution():

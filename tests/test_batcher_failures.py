@@ -97,6 +97,7 @@ async def test_a_later_part_that_fails_first_ends_the_request_at_once():
     async with batching(engine, picky, max_batch=1) as (batcher, _), asyncio.timeout(10):
         with pytest.raises(ValueError, match="negative"):
             await batcher.submit([work(batcher, 1), work(batcher, -2)])
+        await until(engine.entered.is_set)
         assert engine.ran == [[1]]
 
 

@@ -111,6 +111,16 @@ def test_turns_hold_across_groups_too(make):
     assert next(queue.leads(until=99)) is small
 
 
+def test_within_a_group_the_lead_comes_first_and_then_whose_turn_it_is_there(make):
+    first, second, other, third = make(1, peer="a"), make(1, peer="a"), make(1, peer="b"), make(1, peer="c")
+    elsewhere = make(1, "j", peer="b")
+    queue = filled([first, second, other, third, elsewhere])
+    queue.take([first])
+    assert queue.batch(other, 3) == [other, third, second]
+    queue.take([elsewhere])
+    assert queue.batch(second, 3) == [second, other, third]
+
+
 def test_a_large_work_without_room_keeps_its_turn_while_smaller_ones_of_others_go_on(make):
     one, large, after, other = make(3, peer="a"), make(7, peer="b"), make(1, peer="b"), make(2, peer="c")
     queue = filled([one, large, after, other])

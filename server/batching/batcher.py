@@ -140,14 +140,16 @@ class Batcher:
         self._draining = True
         for work in list(self._queue):
             self._end(work.parts, Unavailable(f"model {self._name!r} was stopped before the rows ran; try again"))
-        await self.drain(seconds)
+        settled = await self.drain(seconds)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for work in list(self._running):
             self._end(work.parts, Unavailable(f"model {self._name!r} was stopped while the rows ran; try again"))
+        self._running.clear()
+        self._settle()
         # A thread that is still in a forward now has had its time; it ends by itself or with the process.
-        patience = seconds if self._settled.is_set() else 0.0
+        patience = seconds if settled else 0.0
         await asyncio.gather(*(instance.stop(patience) for instance in self._instances), return_exceptions=True)
 
     def _admit(self, works: Sequence[Work], terms: Terms) -> float:
