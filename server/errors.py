@@ -4,6 +4,7 @@ All of them are expected: they mean that the request, its timing or the server's
 exception is a bug; `expected` turns it into INTERNAL with an id, its text only in the log.
 """
 
+import asyncio
 import logging
 import uuid
 from typing import ClassVar, Final
@@ -65,6 +66,10 @@ class DeadlineExceeded(ServingError):
     """The caller's deadline passed before its rows ran."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class DeadlineCancelled(asyncio.CancelledError):
+    """The transport cancelled the call, and it did so because the caller's deadline had passed."""
 
 
 class Unimplemented(ServingError):

@@ -50,6 +50,14 @@ class Metrics:
             "layercast_batches_total", "Forward passes, by why the batch closed", (*_MODEL, "reason")
         )
         self.rejected = self._counter("layercast_rejected_total", "Requests refused or expired", (*_MODEL, "reason"))
+        self.expired = self._counter(
+            "layercast_expired_total", "Requests whose deadline passed, by where it found them", (*_MODEL, "when")
+        )
+        self.tokens = self._counter(
+            "layercast_batch_tokens_total",
+            "Positions of padded inputs in executed batches: sent by callers (real) or added to join them (padding)",
+            (*_MODEL, "kind"),
+        )
         self.cancelled = self._counter("layercast_cancelled_total", "Requests whose caller left", (*_MODEL, "when"))
         self.taps = self._counter("layercast_feature_taps_total", "Layers read by forward hooks", _MODEL)
         self.request_duration = self._histogram(
@@ -62,6 +70,8 @@ class Metrics:
         self.batch_rows = self._histogram("layercast_batch_rows", "Rows of an executed batch", _MODEL, ROW_BUCKETS)
         self.queue_rows = self._gauge("layercast_queue_rows", "Rows waiting now", _MODEL)
         self.queue_capacity = self._gauge("layercast_queue_capacity_rows", "Rows that may wait", _MODEL)
+        self.queue_bytes = self._gauge("layercast_queue_bytes", "Bytes of the inputs that wait now", _MODEL)
+        self.queue_capacity_bytes = self._gauge("layercast_queue_capacity_bytes", "Bytes that may wait", _MODEL)
         self.inflight = self._gauge("layercast_inflight_requests", "Requests being answered now", _MODEL)
 
     def _transport(self) -> None:

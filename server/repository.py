@@ -149,7 +149,7 @@ class Repository:
         metrics.model_ready.labels(*labels).set(1)
         metrics.load_duration.labels(*labels).set(loaded.load_seconds)
         metrics.memory.labels(*labels, engine.device).set(loaded.memory_bytes)
-        return ModelMonitor(metrics, *labels, engine.device, loaded.settings.queue_rows)
+        return ModelMonitor(metrics, *labels, engine.device, loaded.limits)
 
     def _tell(self, name: str) -> None:
         for listener in self._listeners:

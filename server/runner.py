@@ -12,7 +12,9 @@ from layercast.server.work import Array, Rows, Tap, Work
 
 
 class Runner:
-    """Runs works that share a key. `fast` serves plain predictions; `eager` any batch in which a row taps a layer.
+    """One instance of a model: runs works that share a key, in one thread.
+
+    `fast` serves plain predictions; `eager` any batch in which a row taps a layer.
 
     Without `eager`, no layer of the manifest may be available.
     """

@@ -4,9 +4,17 @@ import difflib
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -29,6 +37,14 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layercast"
 
 
+def _parts(value: object) -> object:
+    """Return the parts of a text with commas, as the command line and the environment give a list."""
+    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], BeforeValidator(_parts), NoDecode]
+
+
 class ModelSettings(BaseModel):
     """Knobs of one model: the server's values, overridden by `<repository>/<model>/layercast.toml`."""
 
@@ -36,11 +52,36 @@ class ModelSettings(BaseModel):
 
     max_batch: int = Field(default=64, ge=1, le=65_536, description="rows that run together at most")
     max_delay_ms: float = Field(default=1.0, ge=0, le=10_000, description="how long the first row waits for others, ms")
+    preferred_batch: Sizes = Field(default=(), description="batch sizes that leave as soon as they are reached: 4,8")
+    batching: bool = Field(default=True, description="let requests share a forward; without, each runs alone")
+    oversized: Literal["split", "refuse"] = Field(
+        default="split", description="what becomes of a request with more rows than max_batch"
+    )
     queue_rows: int = Field(default=16_384, ge=1, le=10_000_000, description="rows that may wait; more are refused")
+    queue_bytes: int = Field(
+        default=1 << 28, ge=1, le=1 << 40, description="bytes of input that may wait; more are refused"
+    )
+    queue_timeout_ms: float = Field(
+        default=0.0, ge=0, le=86_400_000, description="how long a request may wait to run, ms; 0 for any time"
+    )
+    priorities: int = Field(
+        default=1, ge=1, le=100, description="levels of the request parameter `priority`, 1 the highest, the last usual"
+    )
+    instances: int = Field(
+        default=1, ge=1, le=64, description="copies that run at the same time, each with its part of the processors"
+    )
     engine: EngineName = Field(
         default="auto", description="what runs plain predictions; auto takes the fastest measured, but never onnx-int8"
     )
     device: DeviceName = Field(default="auto", description="where models run; auto takes a GPU if there is one")
+
+    @model_validator(mode="after")
+    def _preferred_fits(self) -> Self:
+        if self.preferred_batch and not self.batching:
+            raise ValueError("preferred_batch means nothing with batching = false; leave one of them out")
+        if max(self.preferred_batch, default=0) > self.max_batch:
+            raise ValueError(f"preferred_batch must not exceed max_batch, {self.max_batch}")
+        return self
 
 
 class Settings(ModelSettings, BaseSettings):
@@ -129,5 +170,6 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
             near = difflib.get_close_matches(key, model.model_fields, n=1)
             lines.append(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         else:
-            lines.append(f"{key}: {fault['msg']}, got {fault['input']!r}")
+            # A fault of several keys together has no place of its own, and all the settings for an input.
+            lines.append(f"{key}: {fault['msg']}, got {fault['input']!r}" if key else str(fault["ctx"]["error"]))
     return "; ".join(lines)

@@ -85,3 +85,31 @@ def test_the_cache_follows_the_desktop_convention(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert default_cache() == Path("/home/someone/.cache/layercast")
+
+
+def test_a_list_is_given_with_commas_or_as_a_list(tmp_path, monkeypatch):
+    assert read({"preferred_batch": "4,8"}).preferred_batch == (4, 8)
+    monkeypatch.setenv("LAYERCAST_PREFERRED_BATCH", "2, 6")
+    assert read({}).preferred_batch == (2, 6)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "layercast.toml").write_text("preferred_batch = [3]\n")
+    assert read({}).for_model(tmp_path / "m").preferred_batch == (3,)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preferred_batch": "4,x"}, "preferred_batch.1: .*integer.*'x'"),
+        ({"preferred_batch": "0"}, "preferred_batch.0: .*1.*'0'"),
+        ({"preferred_batch": "4,65", "max_batch": 64}, "^preferred_batch must not exceed max_batch, 64$"),
+        ({"preferred_batch": "4", "batching": False}, "preferred_batch means nothing with batching = false"),
+        ({"oversized": "cut"}, "oversized: .*'split'.*cut"),
+        ({"priorities": 0}, "priorities"),
+        ({"instances": 0}, "instances"),
+        ({"queue_bytes": 0}, "queue_bytes"),
+        ({"queue_timeout_ms": -1}, "queue_timeout_ms"),
+    ],
+)
+def test_a_wrong_knob_of_the_batcher_is_named(given, message):
+    with pytest.raises(StartError, match=message):
+        read(given)

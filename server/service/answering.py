@@ -12,8 +12,9 @@ import numpy as np
 from layercast.models.manifest import LayerSpec, Manifest, TensorSpec
 from layercast.models.reducers import reduced_shape
 from layercast.proto.codec import CodecError, Tensor
+from layercast.proto.messages import InferParameter
 from layercast.proto.tensors import memory_dtype
-from layercast.server.errors import InvalidArgument, ServingError
+from layercast.server.errors import DeadlineCancelled, InvalidArgument, ServingError
 from layercast.server.layers import check_size, reduced_datatype
 from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.model import ServedModel
@@ -21,6 +22,7 @@ from layercast.server.monitor import Kind, Spent
 from layercast.server.repository import Repository
 from layercast.server.service.call import Call
 from layercast.server.service.requests import Wanted, join, token_length
+from layercast.server.service.terms import NO_PARAMETERS, terms_of
 from layercast.server.work import Answer, Array, Tap
 
 P = ParamSpec("P")
@@ -94,8 +96,9 @@ class Answering:
         except ServingError as error:
             monitor.failed(kind, error.code.name, timer.elapsed())
             raise
-        except asyncio.CancelledError:
-            monitor.failed(kind, "CANCELLED", timer.elapsed())
+        except asyncio.CancelledError as gone:
+            code = "DEADLINE_EXCEEDED" if isinstance(gone, DeadlineCancelled) else "CANCELLED"
+            monitor.failed(kind, code, timer.elapsed())
             raise
         except Exception:
             monitor.failed(kind, "INTERNAL", timer.elapsed())
@@ -106,15 +109,25 @@ class Answering:
             monitor.inflight.dec()
 
     async def run(
-        self, model: ServedModel, inputs: Mapping[str, Array], rows: int, wanted: Wanted, call: Call
+        self,
+        model: ServedModel,
+        inputs: Mapping[str, Array],
+        rows: int,
+        wanted: Wanted,
+        call: Call,
+        parameters: Mapping[str, InferParameter] = NO_PARAMETERS,
     ) -> Answered:
-        """Run the rows and return what was asked for, after checking that it fits into a message."""
+        """Run the rows and return what was asked for, after checking that it fits into a message.
+
+        `parameters` are the request's: `priority` and `timeout` say how its rows wait.
+        """
         manifest = model.manifest
+        terms = terms_of(call, parameters)
         taps = tuple(dict.fromkeys(asked.tap for asked in wanted.layers))
         check_size(manifest, taps, rows, token_length(manifest, inputs), self.max_bytes, wanted.outputs)
         if rows == 0:
             return Answered(_named(manifest, wanted, [_empty(manifest, taps)]), 0, 0, 0)
-        answers = await model.run(inputs, rows, taps, bool(wanted.outputs), call.deadline)
+        answers = await model.run(inputs, rows, taps, bool(wanted.outputs), terms)
         model.monitor.tapped(len(taps))
         return Answered(
             _named(manifest, wanted, answers),

@@ -52,7 +52,9 @@ class InferenceService:
         with self._answering.counted(model, kind) as timer:
             asked = await off_loop(call.size, self._decode, model.manifest, request)
             timer.decoded()
-            answered = await self._answering.run(model, asked.inputs, asked.rows, asked.wanted, call)
+            answered = await self._answering.run(
+                model, asked.inputs, asked.rows, asked.wanted, call, request.parameters
+            )
             timer.ran(answered)
             size = sum(values.nbytes for _, _, values in answered.tensors)
             await off_loop(size, self._encode, response, request, model, asked, answered)

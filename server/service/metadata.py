@@ -9,6 +9,7 @@ from layercast.proto.messages import (
     ModelConfig,
     ModelConfigRequest,
     ModelConfigResponse,
+    ModelDynamicBatching,
     ModelInput,
     ModelInstanceGroup,
     ModelMetadataRequest,
@@ -29,6 +30,7 @@ from layercast.proto.messages import (
     ServerReadyResponse,
     StatisticDuration,
 )
+from layercast.server.batching.policy import Limits
 from layercast.server.environment import installed_version
 from layercast.server.errors import NotFound, Unavailable, Unimplemented
 from layercast.server.model import ServedModel
@@ -132,23 +134,32 @@ def _tensors(specs: Iterable[TensorSpec]) -> list[ModelMetadataResponse.TensorMe
 
 
 def _config(model: ServedModel) -> ModelConfig:
-    manifest, limits = model.manifest, model.batcher.limits
+    manifest, settings, batcher = model.manifest, model.loaded.settings, model.batcher
     config = ModelConfig(
         name=manifest.name,
         platform=f"layercast_{model.loaded.runner.fast.name}",
         backend="layercast",
-        max_batch_size=limits.max_batch,
+        max_batch_size=batcher.limits.max_batch,
         input=[ModelInput(name=s.name, data_type=_data_type(s), dims=s.shape[1:]) for s in manifest.inputs],
         output=[ModelOutput(name=s.name, data_type=_data_type(s), dims=s.shape[1:]) for s in manifest.outputs],
     )
     kind = "KIND_GPU" if model.loaded.runner.fast.device == "cuda" else "KIND_CPU"
-    config.instance_group.add(name=manifest.name, count=1, kind=ModelInstanceGroup.Kind.Value(kind))
-    config.version_policy.all.SetInParent()
-    config.model_transaction_policy.decoupled = False
-    config.dynamic_batching.preserve_ordering = False
-    config.dynamic_batching.max_queue_delay_microseconds = int(limits.max_delay * 1e6)
-    config.dynamic_batching.default_queue_policy.max_queue_size = limits.queue_rows
+    config.instance_group.add(name=manifest.name, count=batcher.instances, kind=ModelInstanceGroup.Kind.Value(kind))
+    if settings.batching:
+        _batching(config.dynamic_batching, batcher.limits)
     return config
+
+
+def _batching(config: ModelDynamicBatching, limits: Limits) -> None:
+    config.preferred_batch_size.extend(limits.preferred)
+    config.max_queue_delay_microseconds = int(limits.max_delay * 1e6)
+    if limits.priorities > 1:
+        config.priority_levels = config.default_priority_level = limits.priorities
+    policy = config.default_queue_policy
+    policy.max_queue_size = limits.queue_rows
+    policy.allow_timeout_override = True
+    if limits.queue_timeout:
+        policy.default_timeout_microseconds = int(limits.queue_timeout * 1e6)
 
 
 def _data_type(spec: TensorSpec) -> str:

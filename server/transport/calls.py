@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from layercast.proto.bulk import MessageTooComplex, check_bulk
 from layercast.proto.codec import CodecError
 from layercast.proto.rpc import Method
-from layercast.server.errors import InvalidArgument, ResourceExhausted, ServingError, Unavailable
+from layercast.server.errors import DeadlineCancelled, InvalidArgument, ResourceExhausted, ServingError, Unavailable
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
 from layercast.server.transport.status import reply
@@ -63,8 +63,9 @@ class Counted:
         self._started.inc()
         try:
             result = await body
-        except asyncio.CancelledError:
-            self._ended(grpc.StatusCode.CANCELLED, start)
+        except asyncio.CancelledError as gone:
+            late = isinstance(gone, DeadlineCancelled)
+            self._ended(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, start)
             raise
         except grpc.aio.AbortError:
             self._ended(context.code(), start)
@@ -100,7 +101,7 @@ class UnaryRpc:
     async def _body(self, raw: bytes, context: Context) -> bytes:
         self._counted.received.inc()
         request = parsed(self._request, raw)
-        response = await self._answer(request, Call(deadline(context), len(raw)))
+        response = await self._answer(request, Call(deadline(context), len(raw), peer=context.peer()))
         self._counted.sent.inc()
         return response.SerializeToString()
 
@@ -130,7 +131,8 @@ class StreamRpc:
         incoming = Incoming(context, self._request, self._counted)
         self._open.add(incoming)
         metadata = context.invocation_metadata() or ()
-        call = Call(deadline(context), fails_whole=_FAILS_WHOLE in [(str(k), v) for k, v in metadata])
+        fails_whole = _FAILS_WHOLE in [(str(k), v) for k, v in metadata]
+        call = Call(deadline(context), fails_whole=fails_whole, peer=context.peer())
         try:
             async with aclosing(self._answer(incoming, call)) as answers:
                 async for answer in answers:
