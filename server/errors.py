@@ -48,6 +48,12 @@ class ResourceExhausted(ServingError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+class PermissionDenied(ServingError):
+    """The operator has not allowed this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class DeadlineExceeded(ServingError):
     """The caller's deadline passed before its rows ran."""
 

@@ -42,10 +42,10 @@ def load(directory: Path, settings: ModelSettings, threads: int) -> Loaded:
     start = time.perf_counter()
     try:
         manifest = Manifest.read(directory)
-        manifest.verify_files(directory)
         device = choose_device(settings.device)
         engines = _engines(directory, manifest, settings, device, threads)
         recorded = golden(directory, manifest)
+        manifest.verify_rest(directory)  # what was loaded was verified as it was read
     except (ValueError, OSError, RuntimeError, EngineError) as error:
         raise LoadError(_without_paths(str(error), directory)) from error
     for engine in engines.values():
@@ -105,19 +105,28 @@ def _engines(
 
 def _check_golden(engine: Engine, recorded: Golden) -> None:
     """Raise LoadError unless the engine reproduces the outputs that the export recorded."""
-    got = engine.run(recorded.inputs)
+    try:
+        got = engine.run(recorded.inputs)
+    except Exception as error:
+        lines = str(error).splitlines()
+        raise LoadError(
+            f"engine {engine.name} failed on the golden inputs: {type(error).__name__}: {lines[0] if lines else ''}"
+        ) from error
     for name, wanted in recorded.outputs.items():
-        if got[name].shape != wanted.shape:
-            raise LoadError(
-                f"engine {engine.name}, output {name!r}: want shape {list(wanted.shape)} as recorded at the export, "
-                f"got {list(got[name].shape)}"
-            )
-        if not np.allclose(got[name], wanted, rtol=_TOLERANCE, atol=_TOLERANCE):
-            worst = float(np.max(np.abs(got[name].astype("f8") - wanted.astype("f8"))))
-            raise LoadError(
-                f"engine {engine.name}, output {name!r} differs from the golden output by up to {worst:.3g}; "
-                f"export the model again"
-            )
+        where = f"engine {engine.name}, output {name!r}"
+        if name not in got:
+            raise LoadError(f"{where}: the engine does not give it; it gives {', '.join(got) or 'nothing'}")
+        values = got[name]
+        for what, want, came in (
+            ("shape", list(wanted.shape), list(values.shape)),
+            ("dtype", str(wanted.dtype), str(values.dtype)),
+        ):
+            if want != came:
+                raise LoadError(f"{where}: want {what} {want} as recorded at the export, got {came}")
+        if not np.allclose(values, wanted, rtol=_TOLERANCE, atol=_TOLERANCE):
+            worst = float(np.max(np.abs(values.astype("f8") - wanted.astype("f8"))))
+            how = "is not a number where" if np.isnan(worst) else f"differs by up to {worst:.3g} from what"
+            raise LoadError(f"{where} {how} the export recorded; export the model again")
 
 
 def _rows(inputs: Inputs, count: int) -> Inputs:

@@ -24,3 +24,9 @@ class Engine(Protocol):
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output by name for the batch `inputs`: arrays by input name, all with the same dimension 0."""
+
+
+def not_loaded(program: str, error: Exception) -> EngineError:
+    """Return the error for a program that its runtime refuses to load; runtimes rarely say which file they mean."""
+    lines = str(error).strip().splitlines()
+    return EngineError(f"{program} can't be loaded: {type(error).__name__}: {lines[0] if lines else ''}"[:500])

@@ -25,8 +25,6 @@ from layercast.proto.messages import (
     ModelStatistics,
     ModelStatisticsRequest,
     ModelStatisticsResponse,
-    RepositoryIndexRequest,
-    RepositoryIndexResponse,
     ServerLiveRequest,
     ServerLiveResponse,
     ServerMetadataRequest,
@@ -42,6 +40,7 @@ from layercast.server.monitor import Duration, Kind, Statistics
 from layercast.server.repository import Repository
 from layercast.server.service.answering import Answered, Answering
 from layercast.server.service.call import Call
+from layercast.server.service.control import ModelControl
 from layercast.server.service.requests import check_inputs, resolve_outputs, warnings
 
 EXTENSIONS = (
@@ -59,11 +58,11 @@ _UNSUPPORTED = {
 }  # fmt: skip
 
 
-class InferenceService:
+class InferenceService(ModelControl):
     """Answers `inference.GRPCInferenceService`."""
 
-    def __init__(self, repository: Repository, answering: Answering) -> None:
-        self._repository = repository
+    def __init__(self, repository: Repository, answering: Answering, *, model_control: bool = False) -> None:
+        super().__init__(repository, allowed=model_control)
         self._answering = answering
 
     async def server_live(self, request: ServerLiveRequest, call: Call) -> ServerLiveResponse:
@@ -71,7 +70,7 @@ class InferenceService:
         return ServerLiveResponse(live=True)
 
     async def server_ready(self, request: ServerReadyRequest, call: Call) -> ServerReadyResponse:
-        """Every model has a version that answers."""
+        """Every model that is counted on has a version that answers; the health service says the same."""
         return ServerReadyResponse(ready=self._repository.ready)
 
     async def model_ready(self, request: ModelReadyRequest, call: Call) -> ModelReadyResponse:
@@ -122,20 +121,6 @@ class InferenceService:
         else:
             models = [version.model for version in self._repository.versions() if version.model]
         return ModelStatisticsResponse(model_stats=[_statistics(model) for model in models])
-
-    async def repository_index(self, request: RepositoryIndexRequest, call: Call) -> RepositoryIndexResponse:
-        """Every version with its state, and the reason where it does not answer."""
-        if request.repository_name:
-            raise Unimplemented(
-                "there is one repository and it has no name; leave repository_name empty", field="repository_name"
-            )
-        entries = [v for v in self._repository.versions() if v.model or not request.ready]
-        return RepositoryIndexResponse(
-            models=[
-                RepositoryIndexResponse.ModelIndex(name=v.name, version=str(v.number), state=v.state, reason=v.reason)
-                for v in entries
-            ]
-        )
 
     async def model_infer(self, request: ModelInferRequest, call: Call) -> ModelInferResponse:
         """Predictions, and any layer asked for as an output `layer:PATH[@reducer]`."""

@@ -16,7 +16,7 @@ from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE
 from layercast.server.errors import StartError, Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
-from layercast.server.transport.ports import bound_socket, port_in_use
+from layercast.server.transport.ports import bound_socket, not_bound
 from layercast.server.transport.status import reply
 
 Answer = Callable[[Any, Call], Awaitable[Message]]
@@ -52,14 +52,14 @@ class GrpcFrontEnd:
             _add_reflection(self._server)
 
     def bind(self, host: str, port: int) -> int:
-        """Listen on `host:port` and return the port; StartError when it is in use."""
+        """Listen on `host:port` and return the port; StartError when it can't be taken."""
         target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         # Tried with a plain socket first: grpc writes lines of its own to standard error when it can't listen.
         bound_socket("gRPC", host, port, "--grpc-port").close()
         try:
             return self._server.add_insecure_port(target)
         except RuntimeError as error:
-            raise StartError(port_in_use("gRPC", host, port, "--grpc-port")) from error
+            raise StartError(not_bound(error, "gRPC", host, port, "--grpc-port")) from error
 
     async def start(self) -> None:
         """Answer calls."""
