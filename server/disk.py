@@ -86,13 +86,15 @@ def _folder_inside(folder: Path, root: Path) -> bool:
 
 def _look(number: int, directory: Path, root: Path, settings: bytes) -> OnDisk:
     """Look at one version's directory; OSError when it goes away meanwhile."""
-    digest, listed = b"", tuple[tuple[str, int], ...]()
+    digest, listed = b"", None
     lacking = [_wrong(directory / MANIFEST_FILE, root, None)]
     if not lacking[0]:
         state = (directory / MANIFEST_FILE).stat()
         digest, listed = _manifest(directory / MANIFEST_FILE, state.st_ino, state.st_size, state.st_mtime_ns)
+        if listed is None:
+            lacking.append(f"{MANIFEST_FILE} is not JSON, or not written to its end")
     begun = bool(digest)
-    lacking += [_wrong(directory / name, root, size) for name, size in listed]
+    lacking += [_wrong(directory / name, root, size) for name, size in listed or ()]
     mark = hashlib.sha256(digest + settings)
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         state = entry.stat(follow_symlinks=False)
@@ -114,18 +116,23 @@ def _wrong(path: Path, root: Path, size: int | None) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _manifest(path: Path, inode: int, size: int, modified: int) -> tuple[bytes, tuple[tuple[str, int], ...]]:
-    """Return the manifest's digest, and the names and sizes of the files it lists: none when it can't be read so.
+def _manifest(path: Path, inode: int, size: int, modified: int) -> tuple[bytes, tuple[tuple[str, int], ...] | None]:
+    """Return the manifest's digest, and the names and sizes of the files it lists; None when it is no JSON.
 
     The other arguments make a manifest that changed another one for the cache.
     """
     content = path.read_bytes()
+    digest = hashlib.sha256(content).digest()
     try:
-        listed = [(str(name), int(entry["bytes"])) for name, entry in json.loads(content)["files"].items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        manifest = json.loads(content)
+    except (ValueError, RecursionError):
+        return digest, None
+    try:
+        listed = [(str(name), int(entry["bytes"])) for name, entry in manifest["files"].items()]
+    except (ValueError, TypeError, KeyError, AttributeError):
         listed = []  # a load says what is wrong with it
     plain = [(name, size) for name, size in listed if name not in ("", ".", "..") and not set(name) & set("/\\\0")]
-    return hashlib.sha256(content).digest(), tuple(plain)
+    return digest, tuple(plain)
 
 
 def _content(path: Path) -> bytes:

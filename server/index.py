@@ -71,7 +71,10 @@ class Index:
         if not version:
             newest = self._newest(name)
             if newest is None:
-                raise Unavailable(f"model {name!r} has no ready version: {self._why(versions)}", retry_after=1.0)
+                raise Unavailable(
+                    f"model {name!r} has no ready version: {self._why(versions)}",
+                    retry_after=_retry(*versions.values()),
+                )
             return newest
         if not disk.is_version(version):
             raise InvalidArgument(
@@ -85,7 +88,7 @@ class Index:
         if entry.model is None:
             raise Unavailable(
                 f"version {version} of model {name!r} is not ready: {entry.reason or entry.state.lower()}",
-                retry_after=1.0,
+                retry_after=_retry(entry),
             )
         return entry.model
 
@@ -106,3 +109,8 @@ class Index:
     def _tell(self, name: str) -> None:
         for listener in self._listeners:
             listener(name, self._newest(name) is not None)
+
+
+def _retry(*versions: Version) -> float | None:
+    """Return after how many seconds to try again: soon while one loads, never said when none does."""
+    return 1.0 if any(version.state == "LOADING" for version in versions) else None

@@ -79,7 +79,8 @@ class Server:
             raise StartError(f"no model could be loaded: {reasons}")
         await self._grpc.set_health(_SERVICES, self.repository.ready)
         if self._settings.watch:
-            self._in_background(Watcher(self.repository, root, self._settings.watch).run())
+            self._watcher = Watcher(self.repository, root, self._settings.watch)
+            self._in_background(self._watcher.run())
 
     async def shut_down(self) -> bool:
         """Say "not ready", answer what was admitted within the drain time, refuse what comes, close the ports.

@@ -37,6 +37,7 @@ class Watcher:
         self._seen: dict[tuple[str, int], _Seen] = {}
         self._gone: set[tuple[str, int]] = set()
         self._unreadable = False
+        self.looks = 0
 
     async def run(self) -> None:
         """Look until cancelled. A folder that can't be read changes nothing: it may be mounted again."""
@@ -50,6 +51,7 @@ class Watcher:
                 self._unreadable = True
             else:
                 self._unreadable = False
+            self.looks += 1
 
     async def _look(self) -> None:
         found = await asyncio.to_thread(self._found)
