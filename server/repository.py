@@ -119,8 +119,10 @@ class Repository(Index):
             return failed
 
     def stop(self) -> None:
-        """Be not ready from now on, and load nothing more; requests are still answered."""
+        """Be not ready from now on, and give up what is being loaded; requests are still answered."""
         self._stopping = True
+        for task in self._tasks:
+            task.cancel()
 
     async def drain(self) -> None:
         """Refuse new requests on every model and return once the admitted ones are answered."""
@@ -132,7 +134,7 @@ class Repository(Index):
         self.stop()
         self._loader.shutdown(wait=False, cancel_futures=True)
         retiring = list(self._retiring)
-        for task in (*self._tasks, *self._retiring.values()):
+        for task in self._retiring.values():
             task.cancel()
         await asyncio.gather(*(model.batcher.close() for model in (*self._served(), *retiring)))
 
@@ -254,7 +256,12 @@ class Repository(Index):
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if self._stopping and task.cancelled():
+                raise Unavailable("the server is shutting down and has given this up") from None
+            raise
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
