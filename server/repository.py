@@ -41,7 +41,6 @@ class Repository(Index):
         # One load at a time: two would take twice the memory and the processors from those that answer.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="layercast-load")
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._loads_running = 0
         self._retiring: dict[ServedModel, asyncio.Task[None]] = {}
 
     async def load_all(self, root: Path) -> None:
@@ -138,11 +137,6 @@ class Repository(Index):
             task.cancel()
         await asyncio.gather(*(model.batcher.close() for model in (*self._served(), *retiring)))
 
-    @property
-    def loading(self) -> bool:
-        """Whether a thread is loading a version."""
-        return self._loads_running > 0
-
     def _served(self) -> list[ServedModel]:
         return [version.model for version in self.versions() if version.model]
 
@@ -170,7 +164,8 @@ class Repository(Index):
         try:
             if isinstance(settings, StartError) or found.lacking:
                 raise LoadError(found.lacking or str(settings))
-            loaded = await self._in_loader(found.directory, settings)
+            run = asyncio.get_running_loop().run_in_executor
+            loaded = await run(self._loader, load, found.directory, settings, self._threads)
             if (loaded.manifest.name, loaded.manifest.version) != (entry.name, entry.number):
                 raise LoadError(f"its manifest is of {loaded.manifest.name!r} version {loaded.manifest.version}")
         except LoadError as error:
@@ -186,14 +181,6 @@ class Repository(Index):
             entry.state = "UNAVAILABLE"
         self._show(entry)
         self._tell(entry.name)
-
-    async def _in_loader(self, directory: Path, settings: ModelSettings) -> Loaded:
-        self._loads_running += 1
-        try:
-            run = asyncio.get_running_loop().run_in_executor
-            return await run(self._loader, load, directory, settings, self._threads)
-        finally:
-            self._loads_running -= 1
 
     def _take_place(self, entry: Version, loaded: Loaded) -> None:
         """Let `loaded` answer from the next request on; what answered until now ends what it has admitted."""

@@ -26,7 +26,16 @@ TRAVERSAL = [
     "..", ".", "../tiny", "tiny/../tiny", "/etc/passwd", "tiny/1", "./tiny", "..\\tiny", "tiny\\..\\tiny", "tiny/..", "../../x",
 ]  # fmt: skip
 WHITESPACE = [" ", "\t", "\n", " tiny", "tiny ", " ..", ".. ", "tiny\n"]
-OTHERS = ["tiny\0", "-tiny", ".tiny", "x" * 129, "x" * 1_000_000, "http://host/model", "tiny\nforged line", "mo\u0308del"]
+OTHERS = [
+    "tiny\0",
+    "-tiny",
+    ".tiny",
+    "x" * 129,
+    "x" * 1_000_000,
+    "http://host/model",
+    "tiny\nforged line",
+    "mo\u0308del",
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +86,9 @@ def test_it_is_off_unless_the_operator_allows_it(root, rpc):
 
 
 @pytest.mark.parametrize("rpc", sorted(REQUESTS))
-@pytest.mark.parametrize("name", TRAVERSAL + WHITESPACE + OTHERS + ["linked", "nobody"], ids=lambda name: ascii(name)[:20])
+@pytest.mark.parametrize(
+    "name", TRAVERSAL + WHITESPACE + OTHERS + ["linked", "nobody"], ids=lambda name: ascii(name)[:20]
+)
 def test_names_that_name_no_model_are_not_found(server, rpc, name):
     error = refused(server, rpc, REQUESTS[rpc](model_name=name))
     assert error.code() is grpc.StatusCode.NOT_FOUND
@@ -251,7 +262,7 @@ def test_an_unload_during_a_load_follows_it(tmp_path):
         server.on_loop(lambda: repository._loader.submit(gate.wait, 30))
         tiny.write(tmp_path, 1, seed=2)
         loading = server.rpc("RepositoryModelLoad").future(RepositoryModelLoadRequest(model_name="tiny"), timeout=60)
-        while not server.on_loop(lambda: repository.loading):
+        while not server.on_loop(lambda: repository._tasks):
             pass
         unloading = server.rpc("RepositoryModelUnload").future(
             RepositoryModelUnloadRequest(model_name="tiny"), timeout=60

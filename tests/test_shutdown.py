@@ -19,10 +19,12 @@ from layercast.proto.rpc import INFERENCE
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
-SLOW = f"""
+SLOW = (
+    f"""
 import time
 MARK = {float(tiny.ROWS[0, 0])!r}
-""" + """
+"""
+    + """
 from layercast.server.engines.eager import EagerEngine
 run = EagerEngine.run
 def slow(self, inputs):
@@ -32,6 +34,7 @@ def slow(self, inputs):
     return run(self, inputs)
 EagerEngine.run = slow
 """
+)
 SLOW_LOAD = """
 import time
 from layercast.server import repository
@@ -63,9 +66,18 @@ def rpc(channel: grpc.Channel, name: str):
     return channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
 
 
+def refusal(infer) -> grpc.RpcError:
+    """Ask until a request is refused."""
+    while True:
+        try:
+            infer(tiny.request(rows=tiny.ROWS[1:2]), timeout=30)
+        except grpc.RpcError as error:
+            return error
+
+
 def test_sigterm_says_not_ready_then_refuses_what_comes_and_answers_what_was_admitted(root):
     patch = SLOW.format(seconds=0.3)
-    with serving(root, *FREE, "--max-batch", "3", "--drain-delay-seconds", "1.5", patch=patch) as server:
+    with serving(root, *FREE, "--max-batch", "3", "--drain-delay-seconds", "2.5", patch=patch) as server:
         ports = server.read_until(READY)
         with channel_to(ports[1]) as channel:
             infer = rpc(channel, "ModelInfer")
@@ -80,10 +92,7 @@ def test_sigterm_says_not_ready_then_refuses_what_comes_and_answers_what_was_adm
                 get(f"http://127.0.0.1:{ports[2]}/v2/health/ready")
             # Whoever has not heard of it yet is answered while the delay lasts.
             calls += [infer.future(tiny.request(), timeout=60) for _ in range(4)]
-            with pytest.raises(grpc.RpcError) as raised:
-                while True:
-                    infer(tiny.request(rows=tiny.ROWS[1:2]), timeout=30)
-            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert refusal(infer).code() is grpc.StatusCode.UNAVAILABLE
             for call in calls:
                 assert np.allclose(tiny.values(call.result()), tiny.expected(1), atol=1e-5)
         assert "stopped" in server.rest()
