@@ -30,6 +30,8 @@ class Version:
     reason: str = ""
     model: ServedModel | None = None
     mark: str = ""
+    leaving: int = 0
+    """How many models that answered for this version still answer what they had admitted."""
 
 
 class Index:

@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 import torch
 
@@ -55,7 +55,7 @@ class Server:
         self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection)
         self._http = HttpFrontEnd(application(self.repository, self.metrics.registry), "HTTP", "--http-port")
         self._metrics_http = HttpFrontEnd(metrics_application(self.metrics.registry), "metrics", "--metrics-port")
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
         self._stopped = False
         self.grpc_port = self.http_port = self.metrics_port = 0
 
@@ -65,7 +65,7 @@ class Server:
         self.grpc_port = self._grpc.bind(host, self._settings.grpc_port)
         self.http_port = self._http.bind(host, self._settings.http_port)
         self.metrics_port = self._metrics_http.bind(host, self._settings.metrics_port)
-        await self._grpc.set_health(_SERVICES, serving=False)
+        self._grpc.set_health(_SERVICES, serving=False)
         await self._grpc.start()
         await self._http.start()
         await self._metrics_http.start()
@@ -77,10 +77,10 @@ class Server:
         if not changes and not any(version.model for version in versions):
             reasons = "; ".join(f"{v.name} {v.number}: {v.reason}" for v in versions)
             raise StartError(f"no model could be loaded: {reasons}")
-        await self._grpc.set_health(_SERVICES, self.repository.ready)
+        self._grpc.set_health(_SERVICES, self.repository.ready)
         if self._settings.watch:
-            self._watcher = Watcher(self.repository, root, self._settings.watch)
-            self._in_background(self._watcher.run())
+            self.watcher = Watcher(self.repository, root, self._settings.watch)
+            self._watching = asyncio.create_task(self.watcher.run())
 
     async def shut_down(self) -> bool:
         """Say "not ready", answer what was admitted within the drain time, refuse what comes, close the ports.
@@ -91,15 +91,15 @@ class Server:
         if self._stopped:
             return True
         self._stopped = True
+        if self._watching:
+            self._watching.cancel()
         self.repository.stop()
-        await self._grpc.shut_health()
+        self._grpc.shut_health()
         await asyncio.sleep(self._settings.drain_delay_seconds)
         until = asyncio.get_running_loop().time() + self._settings.drain_seconds
         drained = await _ends(self.repository.drain(), until)
         # Handlers send their answers, and are cut off, which callers see as Unavailable, when time is up.
         await self._grpc.stop(max(_CLOSING_SECONDS, until - asyncio.get_running_loop().time()))
-        for task in self._tasks:
-            task.cancel()
         until = asyncio.get_running_loop().time() + _CLOSING_SECONDS
         closing = (self.repository.close(), self._http.stop(), self._metrics_http.stop())
         await asyncio.gather(*(_ends(step, until) for step in closing))
@@ -114,13 +114,8 @@ class Server:
             raise StartError(f"{error} (--cache)") from error
 
     def _model_changed(self, name: str, ready: bool) -> None:
-        self._in_background(self._grpc.set_health([f"model/{name}"], ready))
-        self._in_background(self._grpc.set_health(_SERVICES, self.repository.ready))
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._grpc.set_health([f"model/{name}"], ready)
+        self._grpc.set_health(_SERVICES, self.repository.ready)
 
 
 async def _ends(work: Awaitable[None], until: float) -> bool:
@@ -130,8 +125,9 @@ async def _ends(work: Awaitable[None], until: float) -> bool:
     if not task.done():
         task.cancel()
         return False
-    task.result()
-    return True
+    if error := task.exception():
+        logger.error("a step of the shutdown failed", exc_info=error)
+    return error is None
 
 
 async def run(settings: Settings) -> NoReturn:

@@ -50,13 +50,18 @@ class Repository(Index):
         manifest is one that is still being written.
         """
         self._root = root
-        found = {name: await self._begun(name) for name in await asyncio.to_thread(disk.models, root)}
+        try:
+            names = await asyncio.to_thread(disk.models, root)
+        except OSError as error:
+            raise StartError(f"the repository {str(root)!r} can't be read: {error.strerror}") from error
+        found = {name: await self._begun(name) for name in names}
         self._models = {name: {v.number: Version(name, v.number) for v in found[name]} for name in found if found[name]}
         if not self._models and not self._settings.watch and self._settings.model_control == "none":
             raise StartError(f"the repository {str(root)!r} holds no model; want MODEL/VERSION/{MANIFEST_FILE} in it")
         self._counted_on = set(self._models)
         for entry in self.versions():
             self._show(entry)
+            self._tell(entry.name)
         for name in list(self._models):
             await self.refresh(name, found[name])
         self._started = True
@@ -161,6 +166,7 @@ class Repository(Index):
         if entry.model is None:
             entry.state = "LOADING"
         self._show(entry)
+        ended = {outcome: self._metrics.loads.labels(entry.name, entry.number, outcome) for outcome in ("ok", "failed")}
         try:
             if isinstance(settings, StartError) or found.lacking:
                 raise LoadError(found.lacking or str(settings))
@@ -176,7 +182,7 @@ class Repository(Index):
             logger.exception("model %s version %d failed to load", entry.name, entry.number)
         else:
             self._take_place(entry, loaded)
-        self._metrics.loads.labels(entry.name, entry.number, "failed" if entry.reason else "ok").inc()
+        ended["failed" if entry.reason else "ok"].inc()
         if entry.reason and entry.model is None:
             entry.state = "UNAVAILABLE"
         self._show(entry)
@@ -220,13 +226,15 @@ class Repository(Index):
             self._gone(entry)
 
     def _retire(self, entry: Version, model: ServedModel) -> None:
+        entry.leaving += 1
         self._retiring[model] = asyncio.create_task(self._let_go(entry, model))
 
     async def _let_go(self, entry: Version, model: ServedModel) -> None:
         await model.batcher.drain()
         await model.batcher.close()
         del self._retiring[model]
-        if entry.state == "UNLOADING":
+        entry.leaving -= 1
+        if entry.state == "UNLOADING" and not entry.leaving:
             self._gone(entry)
         del model
         await asyncio.to_thread(memory.trim)

@@ -45,7 +45,7 @@ def until(true: Callable[[], object], seconds: float = 30) -> None:
 def looks(server: Running, count: int) -> None:
     """Return after so many looks at the folder have begun and ended."""
     seen = 0
-    watcher = server.server._watcher
+    watcher = server.server.watcher
     first = server.on_loop(lambda: watcher.looks)
     while seen < first + count:
         seen = server.on_loop(lambda: watcher.looks)

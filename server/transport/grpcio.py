@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -16,6 +16,7 @@ from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE
 from layercast.server.errors import StartError, Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
+from layercast.server.transport.health import Health
 from layercast.server.transport.ports import bound_socket, not_bound
 from layercast.server.transport.status import reply
 
@@ -46,7 +47,7 @@ class GrpcFrontEnd:
         for name, methods in ((INFERENCE_SERVICE, INFERENCE), (FEATURES_SERVICE, FEATURES)):
             handlers = {method.name: self._handler(name, method, services[name]) for method in methods.values()}
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         health_rpc.add_HealthServicer_to_server(self._health, self._server)
         if reflect:
             _add_reflection(self._server)
@@ -67,17 +68,16 @@ class GrpcFrontEnd:
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls at once, and return when the running ones have ended or `grace` seconds are over."""
+        self._health.close()
         await self._server.stop(grace)
 
-    async def set_health(self, services: Sequence[str], serving: bool) -> None:
+    def set_health(self, services: Iterable[str], serving: bool) -> None:
         """Report services (and models as `model/NAME`) as serving or not to health checks and watchers."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in services:
-            await self._health.set(service, status)
+        self._health.set(services, serving)
 
-    async def shut_health(self) -> None:
+    def shut_health(self) -> None:
         """Report everything as not serving, for good."""
-        await self._health.enter_graceful_shutdown()
+        self._health.shut()
 
     def _handler(self, service_name: str, method: Method, service: object) -> "grpc.RpcMethodHandler[Any, Any]":
         answer: Answer | None = getattr(service, _snake(method.name), None)
