@@ -20,8 +20,8 @@ UNLOADED: Final = "unloaded"
 class Version:
     """One version in the index. `model` answers while there is one, also while a newer copy of it loads or has failed.
 
-    `reason` says why the version does not answer, or why what is on disk now does not. `mark` is that of the
-    directory that was last tried.
+    `reason` says why the version does not answer, or why what is on disk now does not, which `failed` tells. `mark` is
+    that of the directory that was last tried.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Version:
     state: State = "LOADING"
     reason: str = ""
     model: ServedModel | None = None
+    failed: bool = False
     mark: str = ""
     leaving: int = 0
     """How many models that answered for this version still answer what they had admitted."""

@@ -112,12 +112,12 @@ class Repository(Index):
             for version in sorted(found, key=lambda version: version.number, reverse=latest):
                 kept.add(version.number)
                 entry = entries.setdefault(version.number, Version(name, version.number))
-                if entry.mark != version.mark or (again and entry.reason):
+                if entry.mark != version.mark or (again and (entry.failed or not entry.model)):
                     await self._load(entry, version, settings)
-                if entry.model and not entry.reason and latest:
-                    break
-                if entry.reason not in ("", UNLOADED):
+                if entry.failed:
                     failed.append(entry)
+                elif latest and entry.model:
+                    break
             if not failed or not kept:
                 self._drop(name, [number for number in entries if number not in kept])
             return failed
@@ -162,7 +162,7 @@ class Repository(Index):
 
     async def _load(self, entry: Version, found: OnDisk, settings: ModelSettings | StartError) -> None:
         """Load one version beside what serves and let it take the place, or note why it can't be served."""
-        entry.mark, entry.reason = found.mark, ""
+        entry.mark, entry.reason, entry.failed = found.mark, "", True
         if entry.model is None:
             entry.state = "LOADING"
         self._show(entry)
@@ -182,8 +182,8 @@ class Repository(Index):
             logger.exception("model %s version %d failed to load", entry.name, entry.number)
         else:
             self._take_place(entry, loaded)
-        ended["failed" if entry.reason else "ok"].inc()
-        if entry.reason and entry.model is None:
+        ended["failed" if entry.failed else "ok"].inc()
+        if entry.model is None:
             entry.state = "UNAVAILABLE"
         self._show(entry)
         self._tell(entry.name)
@@ -192,7 +192,7 @@ class Repository(Index):
         """Let `loaded` answer from the next request on; what answered until now ends what it has admitted."""
         old = entry.model
         entry.model = ServedModel(loaded, self._monitor(entry, loaded))
-        entry.state = "READY"
+        entry.state, entry.failed = "READY", False
         self._counted_on.add(entry.name)
         if old:
             self._retire(entry, old)
@@ -217,7 +217,7 @@ class Repository(Index):
             self._tell(name)
 
     def _out(self, entry: Version) -> None:
-        model, entry.model = entry.model, None
+        model, entry.model, entry.failed = entry.model, None, False
         if model:
             entry.state, entry.reason = "UNLOADING", UNLOADED
             self._show(entry)
