@@ -116,7 +116,7 @@ class Repository(Index):
                     await self._load(entry, version, settings)
                 if entry.failed:
                     failed.append(entry)
-                elif latest and entry.model:
+                elif latest:
                     break
             if not failed or not kept:
                 self._drop(name, [number for number in entries if number not in kept])
