@@ -1,6 +1,8 @@
 """The end of a server: what is answered, what is refused, in which order, and how soon the process is gone."""
 
 import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,6 +184,18 @@ def test_the_export_of_the_zoo_ends_with_the_server(tmp_path, number):
         while processes_naming(str(cache)):
             assert time.monotonic() < end, "the export outlived the server"
             time.sleep(0.05)
+
+
+def test_an_export_ends_when_its_standard_input_does_and_leaves_nothing_half_done(tmp_path):
+    """Its output stays open, so that it isn't a broken pipe that ends it."""
+    command = [sys.executable, "-m", "layercast.models.commands.export", "--all", "--output", str(tmp_path)]
+    with subprocess.Popen([*command, "--until-stdin-ends"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin
+        assert child.stdout
+        assert child.stdout.readline()  # a program is written, and more are to come
+        child.stdin.close()
+        assert child.wait(30) == 130
+    assert [path for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
 
 
 def test_a_killed_server_leaves_nothing_in_the_way_of_the_next(root):
