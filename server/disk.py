@@ -80,8 +80,13 @@ def _folder_inside(folder: Path, root: Path) -> bool:
         return False
     if folder.resolve().is_relative_to(root.resolve()):
         return True
-    logger.warning("%s is left out: it is a link that leads out of the repository", folder)
+    _warn_of_link(folder)
     return False
+
+
+@lru_cache(maxsize=256)  # once for each, however often it is looked at
+def _warn_of_link(folder: Path) -> None:
+    logger.warning("%s is left out: it is a link that leads out of the repository", folder)
 
 
 def _look(number: int, directory: Path, root: Path, settings: bytes) -> OnDisk:

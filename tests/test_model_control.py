@@ -1,5 +1,6 @@
 """Loading and unloading by request: who may, what names and parameters are refused, and storms of it."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,7 @@ from layercast.proto.messages import (
 )
 from layercast.proto.rpc import INFERENCE
 
+TURNS = int(os.environ.get("LAYERCAST_TEST_STORM", "4"))
 REQUESTS = {"RepositoryModelLoad": RepositoryModelLoadRequest, "RepositoryModelUnload": RepositoryModelUnloadRequest}
 TRAVERSAL = [
     "..", ".", "../tiny", "tiny/../tiny", "/etc/passwd", "tiny/1", "./tiny", "..\\tiny", "tiny\\..\\tiny", "tiny/..", "../../x",
@@ -215,15 +217,15 @@ def test_a_storm_of_loads_and_unloads_under_traffic_ends_right(tmp_path):
                     wrong.append((name, error.code(), error.details()))
 
     def control(server: Running) -> None:
-        for turn in range(6):
+        for turn in range(TURNS):
             (unload if turn % 2 else tiny.load)(server)
 
-    with running(tmp_path, engine="eager", model_control="explicit") as server, ThreadPoolExecutor(20) as pool:
+    with running(tmp_path, engine="eager", model_control="explicit") as server, ThreadPoolExecutor(40) as pool:
         clients = [pool.submit(traffic, server, *who) for who in (("tiny", 1), ("tiny", 1), ("other", 7))]
-        storm = [pool.submit(control, server) for _ in range(16)]
+        storm = [pool.submit(control, server) for _ in range(32)]
         try:
             for one in storm:
-                one.result(120)
+                one.result(280)
         finally:
             done.set()
         for client in clients:
