@@ -9,7 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_FILE: Final = "manifest.json"
@@ -165,6 +174,7 @@ class Manifest(_Strict):
     data: dict[str, JsonValue] = {}
     files: dict[str, FileEntry]
     tools: dict[str, str] = {}
+    _read: set[str] = PrivateAttr(default_factory=set)
 
     @field_validator("inputs", "outputs")
     @classmethod
@@ -229,6 +239,11 @@ class Manifest(_Strict):
         for name in self.files:
             self.read_verified(directory, name)
 
+    def verify_rest(self, directory: Path | str) -> None:
+        """Verify the listed files that `read_verified` of this object has not read, so that none is hashed twice."""
+        for name in self.files.keys() - self._read:
+            self.read_verified(directory, name)
+
     def read_verified(self, directory: Path | str, name: str) -> bytes:
         """Return the bytes of a listed file after checking them, so that what is loaded is what was checked."""
         path = Path(directory) / name
@@ -244,6 +259,7 @@ class Manifest(_Strict):
         digest = hashlib.sha256(content).hexdigest()
         if digest != entry.sha256:
             raise ManifestError(f"{path}: sha256 {entry.sha256} in {MANIFEST_FILE}, {digest} in the file")
+        self._read.add(name)
         return content
 
 

@@ -62,6 +62,12 @@ class ResourceExhausted(ServingError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+class PermissionDenied(ServingError):
+    """The protocol knows this, and the operator lets nobody, or not this caller, do it."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class DeadlineExceeded(ServingError):
     """The caller's deadline passed before its rows ran."""
 
@@ -76,12 +82,6 @@ class Unimplemented(ServingError):
     """The protocol knows this, the server does not do it."""
 
     code = grpc.StatusCode.UNIMPLEMENTED
-
-
-class PermissionDenied(ServingError):
-    """The protocol knows this, and nobody may do it on this server."""
-
-    code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class ModelFailed(ServingError):

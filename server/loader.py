@@ -81,11 +81,11 @@ def load(directory: Path, settings: ModelSettings, threads: int, trust: Trust = 
     torch.set_num_threads(own)
     with _told(directory):
         manifest = Manifest.read(directory)
-        manifest.verify_files(directory)
         device = choose_device(settings.device)
         source = _Source(directory, manifest, device, own, trust, refusal(manifest, trust))
         engines = _engines(source, settings.engine)
         recorded = golden(directory, manifest)
+        manifest.verify_rest(directory)  # what was loaded was verified as it was read
     for engine in engines.values():
         _check_golden(engine, recorded, manifest)
     fast = _fastest(manifest, engines, recorded) if settings.engine == "auto" else settings.engine

@@ -27,6 +27,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._of_models: list[Counter | Gauge | Histogram] = []
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -40,6 +41,14 @@ class Metrics:
             "layercast_model_info", "Always 1; joins a version to its facts", (*_MODEL, "engine", "device", "sha256")
         )
         self.load_duration = self._gauge("layercast_model_load_duration_seconds", "Time to load and check", _MODEL)
+        self.warmup_duration = self._gauge(
+            "layercast_model_warmup_duration_seconds", "One warm forward of one row, timed at the load", _MODEL
+        )
+        self.loads = self._counter(
+            "layercast_model_loads_total",
+            "Loads of a version that ended, by outcome: ok or failed",
+            (*_MODEL, "outcome"),
+        )
         self.memory = self._gauge("layercast_model_memory_bytes", "Parameters and buffers", (*_MODEL, "device"))
         self.build_info = Info("layercast_build", "Versions of the server and its libraries", registry=self.registry)
 
@@ -81,13 +90,28 @@ class Metrics:
         self.rpc_sent = self._counter("grpc_server_msg_sent_total", "Messages sent", _RPC)
         self.rpc_duration = self._histogram("grpc_server_handling_seconds", "Time from start to end of an RPC", _RPC)
 
+    def forget(self, model: str, version: int) -> None:
+        """Remove every series of a version that is in memory no more."""
+        for family in self._of_models:
+            family.remove_by_labels({"model": model, "version": str(version)})
+
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
-        return Counter(name.removesuffix("_total"), text, labels, registry=self.registry)
+        counter = Counter(name.removesuffix("_total"), text, labels, registry=self.registry)
+        self._note(counter, labels)
+        return counter
 
     def _gauge(self, name: str, text: str, labels: Sequence[str]) -> Gauge:
-        return Gauge(name, text, labels, registry=self.registry)
+        gauge = Gauge(name, text, labels, registry=self.registry)
+        self._note(gauge, labels)
+        return gauge
 
     def _histogram(
         self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float] = LATENCY_BUCKETS
     ) -> Histogram:
-        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+        histogram = Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+        self._note(histogram, labels)
+        return histogram
+
+    def _note(self, family: Counter | Gauge | Histogram, labels: Sequence[str]) -> None:
+        if set(_MODEL) <= set(labels):
+            self._of_models.append(family)

@@ -19,7 +19,6 @@ from layercast.proto.messages import (
     ModelReadyRequest,
     ModelStatisticsRequest,
     RepositoryIndexRequest,
-    RepositoryModelLoadRequest,
     ServerLiveRequest,
     ServerMetadataRequest,
     ServerReadyRequest,
@@ -174,9 +173,6 @@ def test_floats_outside_the_trained_range_are_answered_with_a_warning(served, mo
 
 
 def test_unknown_rpcs_and_unoffered_ones_are_unimplemented(served, modules):
-    with pytest.raises(grpc.RpcError) as raised:
-        served.call("RepositoryModelLoad", RepositoryModelLoadRequest(model_name="mnist"))
-    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
     with pytest.raises(grpc.RpcError) as raised:
         served.channel.unary_unary("/inference.GRPCInferenceService/Nonsense")(b"", timeout=10)
     assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED

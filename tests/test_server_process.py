@@ -48,9 +48,16 @@ class Process:
         return output
 
 
+RUN = "import sys; from layercast.client.main import main; sys.exit(main(sys.argv[1:]))"
+
+
 @contextmanager
-def serving(repository: Path, *options: str) -> Iterator[Process]:
-    command = [sys.executable, "-m", "layercast.server", "serve", "--repository", str(repository), *options]
+def serving(repository: Path | None, *options: str, patch: str = "") -> Iterator[Process]:
+    """Run the server; `patch` is Python that is run before, to make a model or a load slow."""
+    program = ["-c", patch + RUN] if patch else ["-m", "layercast.server"]
+    command = [sys.executable, *program, "serve", *options]
+    if repository:
+        command += ["--repository", str(repository)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LAYERCAST_")}
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     watchdog = threading.Timer(120, popen.kill)

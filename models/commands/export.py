@@ -1,11 +1,14 @@
 """`layercast export`: writes models of the zoo, or a module of anyone's, as artefacts that the server loads."""
 
+import _thread
 import argparse
 import json
+import os
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from layercast.models import zoo
 from layercast.models.commands import export_module, quantize
@@ -13,6 +16,8 @@ from layercast.models.commands import export_module, quantize
 if TYPE_CHECKING:
     from layercast.models.export.writer import Written
     from layercast.models.manifest import Manifest
+
+_CLEAN_UP_SECONDS: Final = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +163,23 @@ def main() -> int:
     """Run the command on its own, as the zoo does in a process of its own."""
     parser = argparse.ArgumentParser(prog="layercast export", description=__doc__)
     add_arguments(parser)
-    return run(parser.parse_args())
+    parser.add_argument("--until-stdin-ends", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.until_stdin_ends:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _end_with_stdin() -> None:
+    """End the process once whoever holds the other end of standard input is gone, without leaving half an artefact."""
+    while os.read(0, 4096):
+        pass
+    _thread.interrupt_main()
+    time.sleep(_CLEAN_UP_SECONDS)
+    os._exit(130)
 
 
 if __name__ == "__main__":

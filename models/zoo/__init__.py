@@ -102,9 +102,10 @@ def _export(missing: Sequence[str], repository: Path, zoo: Path, report: Callabl
     """Export in a child process, report its lines, and return the last of them."""
     command = [sys.executable, "-m", "layercast.models.commands.export", *missing, "--output", str(repository)]
     command += ["--version", str(VERSION), "--zoo", str(zoo), "--keep"]
+    command.append("--until-stdin-ends")  # a server that is stopped or killed meanwhile leaves no child behind
     last: list[str] = []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as child:
         try:
             assert child.stdout is not None

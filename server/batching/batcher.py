@@ -151,6 +151,9 @@ class Batcher:
         # A thread that is still in a forward now has had its time; it ends by itself or with the process.
         patience = seconds if settled else 0.0
         await asyncio.gather(*(instance.stop(patience) for instance in self._instances), return_exceptions=True)
+        # What is left of a batcher refers to itself; a model must not wait for a garbage collection to leave memory.
+        self._instances.clear()
+        self._tasks.clear()
 
     def _admit(self, works: Sequence[Work], terms: Terms) -> float:
         """Queue the works; return how many seconds before the deadline a cancel is taken for the deadline's own.

@@ -20,8 +20,6 @@ from layercast.proto.messages import (
     ModelStatistics,
     ModelStatisticsRequest,
     ModelStatisticsResponse,
-    RepositoryIndexRequest,
-    RepositoryIndexResponse,
     ServerLiveRequest,
     ServerLiveResponse,
     ServerMetadataRequest,
@@ -32,7 +30,7 @@ from layercast.proto.messages import (
 )
 from layercast.server.batching.policy import Limits
 from layercast.server.environment import installed_version
-from layercast.server.errors import NotFound, Unavailable, Unimplemented
+from layercast.server.errors import NotFound, Unavailable
 from layercast.server.model import ServedModel
 from layercast.server.monitor import Duration, Statistics
 from layercast.server.repository import Repository
@@ -113,20 +111,6 @@ class MetadataService:
         if not request.name or not request.version:
             models = [v.model for v in self._repository.versions() if v.model and request.name in ("", v.name)]
         return ModelStatisticsResponse(model_stats=[_statistics(model) for model in models])
-
-    async def repository_index(self, request: RepositoryIndexRequest, call: Call) -> RepositoryIndexResponse:
-        """Every version with its state, and the reason where it does not answer."""
-        if request.repository_name:
-            raise Unimplemented(
-                "there is one repository and it has no name; leave repository_name empty", field="repository_name"
-            )
-        entries = [v for v in self._repository.versions() if v.model or not request.ready]
-        return RepositoryIndexResponse(
-            models=[
-                RepositoryIndexResponse.ModelIndex(name=v.name, version=str(v.number), state=v.state, reason=v.reason)
-                for v in entries
-            ]
-        )
 
 
 def _tensors(specs: Iterable[TensorSpec]) -> list[ModelMetadataResponse.TensorMetadata]:

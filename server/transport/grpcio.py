@@ -1,19 +1,18 @@
 """The default front end, grpc.aio: hands messages to the services and their errors to the callers; knows no model."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import grpc
 from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2
 
 from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE_SERVICE, Method
 from layercast.server.errors import StartError, Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
 from layercast.server.transport.calls import Counted, Handler, StreamRpc, UnaryRpc
-from layercast.server.transport.ports import bound_socket, port_in_use
+from layercast.server.transport.ports import bound_socket, not_bound
 from layercast.server.transport.standard import UnknownRpcs, add_health, add_reflection
 
 _OPTIONS: Final = (
@@ -57,14 +56,14 @@ class GrpcFrontEnd:
         self._server.add_generic_rpc_handlers((UnknownRpcs(metrics),))
 
     def bind(self, host: str, port: int) -> int:
-        """Listen on `host:port` and return the port; StartError when it is in use."""
+        """Listen on `host:port` and return the port; StartError when it can't be taken."""
         target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         # Tried with a plain socket first: grpc writes lines of its own to standard error when it can't listen.
         bound_socket("gRPC", host, port, "--grpc-port").close()
         try:
             return self._server.add_insecure_port(target)
         except RuntimeError as error:
-            raise StartError(port_in_use("gRPC", host, port, "--grpc-port")) from error
+            raise StartError(not_bound(error, "gRPC", host, port, "--grpc-port")) from error
 
     async def start(self) -> None:
         """Answer calls."""
@@ -77,17 +76,16 @@ class GrpcFrontEnd:
         """
         for stream in self._streams:
             stream.close()
+        self._health.close()
         await self._server.stop(grace)
 
-    async def set_health(self, services: Sequence[str], serving: bool) -> None:
+    def set_health(self, services: Iterable[str], serving: bool) -> None:
         """Report services (and models as `model/NAME`) as serving or not to health checks and watchers."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in services:
-            await self._health.set(service, status)
+        self._health.set(services, serving)
 
-    async def shut_health(self) -> None:
+    def shut_health(self) -> None:
         """Report everything as not serving, for good."""
-        await self._health.enter_graceful_shutdown()
+        self._health.shut()
 
     def _handler(self, service: str, method: Method, objects: Sequence[object]) -> Handler:
         counted = Counted(service, method.name, self._metrics, "bidi_stream" if method.client_streaming else "unary")

@@ -9,7 +9,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from layercast.server.errors import StartError
-from layercast.server.transport.ports import bound_socket, port_in_use
+from layercast.server.transport.ports import bound_socket, not_bound
 
 
 class _Server(uvicorn.Server):
@@ -34,13 +34,13 @@ class HttpFrontEnd:
         self._task: asyncio.Task[None] | None = None
 
     def bind(self, host: str, port: int) -> int:
-        """Take `host:port` and return the port; StartError when it is in use."""
+        """Take `host:port` and return the port; StartError when it can't be taken."""
         sock = bound_socket(self._what, host, port, self._option)
         try:
             sock.listen(1024)
         except OSError as error:
             sock.close()
-            raise StartError(port_in_use(self._what, host, port, self._option)) from error
+            raise StartError(not_bound(error, self._what, host, port, self._option)) from error
         self._socket = sock
         return int(sock.getsockname()[1])
 

@@ -14,13 +14,14 @@ from layercast.server.errors import Unimplemented
 from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.text import fit
 from layercast.server.transport.calls import Context, Counted, Handler, Kind, parsed
+from layercast.server.transport.health import Health
 
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
 
 
-def add_health(server: grpc.aio.Server, metrics: Metrics) -> health.aio.HealthServicer:
+def add_health(server: grpc.aio.Server, metrics: Metrics) -> Health:
     """Offer `grpc.health.v1.Health`; return what holds the states."""
-    servicer = health.aio.HealthServicer()
+    servicer = Health()
     _add(server, metrics, health.SERVICE_NAME, health_rpc.add_HealthServicer_to_server, servicer)
     return servicer
 
