@@ -130,7 +130,7 @@ install_triton_client() { # apart from .venv: its dependencies (ml-dtypes, proto
     say "$triton_venv with the stock tritonclient beside our client"
     "$venv/bin/python" -m venv --clear "$triton_venv"
     "$triton_venv/bin/python" -m pip --disable-pip-version-check install -qq \
-        -c constraints/tritonclient.txt 'tritonclient[grpc]' -e .
+        -c constraints/tritonclient.txt 'tritonclient[grpc,http]' -e .
 }
 
 case "$kind" in

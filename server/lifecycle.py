@@ -17,6 +17,7 @@ from layercast.server import banner, environment
 from layercast.server.errors import StartError
 from layercast.server.metrics import Metrics
 from layercast.server.repository import Repository
+from layercast.server.rest.routes import routes
 from layercast.server.service.answering import Answering
 from layercast.server.service.features import FeatureService
 from layercast.server.service.inference import InferenceService
@@ -46,7 +47,9 @@ class Server:
             FEATURES_SERVICE: FeatureService(self.repository, answering),
         }
         self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection)
-        self._http = HttpFrontEnd(application(self.repository, self.metrics.registry), "HTTP", "--http-port")
+        rest = routes(services[INFERENCE_SERVICE], self.metrics, settings.max_message_bytes)
+        web = application(self.repository, self.metrics.registry, rest)
+        self._http = HttpFrontEnd(web, "HTTP", "--http-port")
         self._metrics_http = HttpFrontEnd(metrics_application(self.metrics.registry), "metrics", "--metrics-port")
         self._health_updates: set[asyncio.Task[None]] = set()
         self._stopped = False

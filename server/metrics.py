@@ -68,6 +68,12 @@ class Metrics:
         self.rpc_started = self._counter("grpc_server_started_total", "RPCs started", _RPC)
         self.rpc_handled = self._counter("grpc_server_handled_total", "RPCs ended, by status", (*_RPC, "grpc_code"))
         self.rpc_duration = self._histogram("grpc_server_handling_seconds", "Time from start to end of an RPC", _RPC)
+        self.http_requests = self._counter(
+            "layercast_http_requests_total", "REST requests ended, by the pattern of the path", ("route", "status")
+        )
+        self.http_duration = self._histogram(
+            "layercast_http_request_duration_seconds", "Time from the head of a REST request to its answer", ("route",)
+        )
 
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
         return Counter(name.removesuffix("_total"), text, labels, registry=self.registry)

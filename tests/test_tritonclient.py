@@ -31,9 +31,9 @@ def stock_python() -> str:
     return str(python)
 
 
-def run(python: str, *arguments: str, timeout: float = 240) -> str:
+def run(python: str, *arguments: str, timeout: float = 240, script: Path = SCRIPT) -> str:
     done = subprocess.run(
-        [python, "-W", "ignore", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=timeout
+        [python, "-W", "ignore", str(script), *arguments], capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,46 +1,35 @@
-"""The HTTP side: health for probes, metrics for Prometheus, and a page that says what is where."""
+"""The HTTP side: REST v2, metrics for Prometheus, and a page that says what is where."""
+
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
 
-from layercast.server.environment import installed_version
 from layercast.server.repository import Repository
+from layercast.server.rest.status import not_routed
+
+_HANDLERS = {HTTPException: not_routed}
 
 
-def application(repository: Repository, registry: CollectorRegistry) -> Starlette:
-    """Return the application of the HTTP port."""
+def application(repository: Repository, registry: CollectorRegistry, rest: Sequence[BaseRoute]) -> Starlette:
+    """Return the application of the HTTP port; `rest` are the routes of REST v2."""
 
     async def index(request: Request) -> Response:
         models = "".join(f"  {v.name} {v.number}: {v.state}\n" for v in repository.versions())
         text = "layercast\n\nmodels\n" + models + "\n/v2  /v2/health/live  /v2/health/ready  /metrics\n"
         return PlainTextResponse(text)
 
-    async def server(request: Request) -> Response:
-        return JSONResponse({"name": "layercast", "version": installed_version("layercast") or "", "extensions": []})
-
-    async def live(request: Request) -> Response:
-        return JSONResponse({"live": True})
-
-    async def ready(request: Request) -> Response:
-        return JSONResponse({"ready": repository.ready}, status_code=200 if repository.ready else 503)
-
-    routes = [
-        Route("/", index),
-        Route("/v2", server),
-        Route("/v2/health/live", live),
-        Route("/v2/health/ready", ready),
-        metrics_route(registry),
-    ]
-    return Starlette(routes=routes)
+    return Starlette(routes=[Route("/", index), *rest, metrics_route(registry)], exception_handlers=_HANDLERS)
 
 
 def metrics_application(registry: CollectorRegistry) -> Starlette:
     """Return the application of the metrics port."""
-    return Starlette(routes=[metrics_route(registry)])
+    return Starlette(routes=[metrics_route(registry)], exception_handlers=_HANDLERS)
 
 
 def metrics_route(registry: CollectorRegistry) -> Route:

@@ -1,0 +1,110 @@
+"""One HTTP request from start to end: counted, answered or refused, given up when the caller leaves."""
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from layercast.proto.codec import quoted
+from layercast.server.errors import InvalidArgument, Unimplemented
+from layercast.server.metrics import Metrics
+from layercast.server.rest.status import error_response
+from layercast.server.service.call import Call
+
+T = TypeVar("T")
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+_TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
+_SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_GONE = 499
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the routes share. `service` answers the protocol's RPCs; `max_bytes` bounds bodies either way."""
+
+    service: object
+    metrics: Metrics
+    max_bytes: int
+    _large: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+
+    async def call(self, method: str, message: Message, call: Call) -> Any:
+        """Call the service's method for an RPC; Unimplemented when it has none."""
+        answer = getattr(self.service, method, None)
+        if answer is None:
+            raise Unimplemented(f"{method.replace('_', ' ')} is not implemented by this server")
+        return await answer(message, call)
+
+    async def work(self, work: Callable[[], T], large: bool) -> T:
+        """Return what `work` returns; when it is `large`, from a thread, and no more than two such at a time.
+
+        JSON takes many times its size while it is parsed, so the number of documents is what bounds the memory.
+        """
+        if not large:
+            return work()
+        async with self._large:
+            return await asyncio.to_thread(work)
+
+    def route(self, path: str, endpoint: Endpoint, method: str) -> Route:
+        """Return a route whose answers and errors are counted under its path as written here."""
+        counted = self.metrics.http_requests
+        duration = self.metrics.http_duration.labels(path)
+
+        async def answer(request: Request) -> Response:
+            start = time.perf_counter()
+            status = _GONE
+            try:
+                response = await endpoint(request)
+                status = response.status_code
+            except ClientDisconnect:
+                # Nobody reads this answer; the count does.
+                response = Response(status_code=_GONE)
+            except Exception as error:
+                response = error_response(error, path)
+                status = response.status_code
+            finally:
+                counted.labels(path, str(status)).inc()
+                duration.observe(time.perf_counter() - start)
+            return response
+
+        return Route(path, answer, methods=[method])
+
+
+def call_of(request: Request) -> Call:
+    """Return the call with the deadline of the header `grpc-timeout`, which starts now: `250m` is 250 milliseconds."""
+    given = request.headers.get("grpc-timeout")
+    if given is None:
+        return Call()
+    found = _TIMEOUT.fullmatch(given)
+    if found is None:
+        raise InvalidArgument(f"header grpc-timeout is {quoted(given)}; want digits and a unit of H M S m u n, as 250m")
+    return Call(deadline=asyncio.get_running_loop().time() + int(found[1]) * _SECONDS[found[2]])
+
+
+async def unless_gone(request: Request, answer: Coroutine[Any, Any, T]) -> T:
+    """Return what `answer` returns; cancel it and raise ClientDisconnect when the caller leaves before that.
+
+    The request's body must have been read.
+    """
+    answering = asyncio.create_task(answer)
+    leaving = asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ClientDisconnect
+        return answering.result()
+    finally:
+        answering.cancel()
+        leaving.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
