@@ -24,6 +24,7 @@ from layercast.server.service.inference import InferenceService
 from layercast.server.settings import Settings
 from layercast.server.transport.grpcio import GrpcFrontEnd
 from layercast.server.transport.http import HttpFrontEnd
+from layercast.server.transport.security import Security
 from layercast.server.web.app import application, metrics_application
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Server:
         threads = environment.cpu_budget()
         torch.set_num_threads(threads)
         self._settings = settings
+        security = Security.read(settings)
         self.metrics = Metrics()
         self.metrics.build_info.info(environment.versions())
         self.repository = Repository(settings, self.metrics, threads)
@@ -46,11 +48,13 @@ class Server:
             INFERENCE_SERVICE: InferenceService(self.repository, answering),
             FEATURES_SERVICE: FeatureService(self.repository, answering),
         }
-        self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection)
-        rest = routes(services[INFERENCE_SERVICE], self.metrics, settings.max_message_bytes)
-        web = application(self.repository, self.metrics.registry, rest)
-        self._http = HttpFrontEnd(web, "HTTP", "--http-port")
-        self._metrics_http = HttpFrontEnd(metrics_application(self.metrics.registry), "metrics", "--metrics-port")
+        self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection, security)
+        rest = routes([services[INFERENCE_SERVICE]], self.metrics, settings.max_message_bytes, security)
+        web = application(self.repository, self.metrics.registry, rest, security)
+        tls = security.certificates.context if security.certificates else None
+        self._http = HttpFrontEnd(web, "HTTP", "--http-port", tls)
+        scraped = metrics_application(self.metrics.registry, rest)
+        self._metrics_http = HttpFrontEnd(scraped, "metrics", "--metrics-port")
         self._health_updates: set[asyncio.Task[None]] = set()
         self._stopped = False
         self.grpc_port = self.http_port = self.metrics_port = 0

@@ -51,6 +51,14 @@ class Settings(ModelSettings, BaseSettings):
     metrics_port: int = Field(default=8002, ge=0, le=65_535, description="Prometheus port; 0 takes a free one")
     max_message_mb: int = Field(default=64, ge=1, le=2047, description="largest message either way, MiB")
     drain_seconds: float = Field(default=10.0, ge=0, description="how long running requests may finish at shutdown, s")
+    tls_certificate: Path | None = Field(
+        default=None, description="PEM file with the server's certificate chain; encrypts the gRPC and HTTP ports"
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file with the key of that certificate")
+    tls_client_ca: Path | None = Field(
+        default=None, description="PEM file with the authority whose certificates clients must have (mutual TLS)"
+    )
+    token_file: Path | None = Field(default=None, description="TOML file with the tokens that callers must send")
     reflection: bool = Field(default=True, description="let clients list the services (gRPC reflection)")
     log_format: Literal["text", "json"] = Field(default="text", description="how log lines look")
 

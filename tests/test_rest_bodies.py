@@ -122,8 +122,8 @@ def test_chunks_of_six_bytes_are_cheap(small, modules):
         answer = b"".join(iter(lambda: connection.recv(65_536), b""))
         spent = time.process_time() - before
     assert answer.startswith(b"HTTP/1.1 200")
-    # 175,000 chunks; a parser in Python takes some 30 microseconds for each.
-    assert spent < 2
+    # 175,000 chunks, parsed in 0.05 s in C; a parser in Python takes 0.9.
+    assert spent < 0.4
     assert_answers(small, modules)
 
 

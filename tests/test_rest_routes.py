@@ -87,10 +87,13 @@ def recorder(served, monkeypatch):
 
     from layercast.server.metrics import Metrics
     from layercast.server.rest.routes import routes
+    from layercast.server.transport.security import Security
     from layercast.server.web.app import application
 
-    service, metrics = Recorder(), Metrics()
-    app = application(served.server.repository, metrics.registry, routes(service, metrics, 1 << 20))
+    service, metrics, security = Recorder(), Metrics(), Security(None, None)
+    app = application(
+        served.server.repository, metrics.registry, routes([service], metrics, 1 << 20, security), security
+    )
     with TestClient(app) as client:
         yield service, client
 

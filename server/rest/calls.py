@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from layercast.server.errors import InvalidArgument, Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.rest.status import error_response
 from layercast.server.service.call import Call
+from layercast.server.transport.security import RPC_SCOPES, Security
 
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -28,18 +29,20 @@ _GONE = 499
 
 @dataclass(frozen=True)
 class Context:
-    """What the routes share. `service` answers the protocol's RPCs; `max_bytes` bounds bodies either way."""
+    """What the routes share. `services` answer the protocol's RPCs, each some; `max_bytes` bounds bodies either way."""
 
-    service: object
+    services: Sequence[object]
     metrics: Metrics
     max_bytes: int
+    security: Security
     _large: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
 
-    async def call(self, method: str, message: Message, call: Call) -> Any:
-        """Call the service's method for an RPC; Unimplemented when it has none."""
-        answer = getattr(self.service, method, None)
+    async def call(self, rpc: str, message: Message, call: Call) -> Any:
+        """Call the method for an RPC on the service that has it; Unimplemented when none has."""
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", rpc).lower()
+        answer = next((getattr(each, name) for each in self.services if hasattr(each, name)), None)
         if answer is None:
-            raise Unimplemented(f"{method.replace('_', ' ')} is not implemented by this server")
+            raise Unimplemented(f"{rpc} is not implemented by this server")
         return await answer(message, call)
 
     async def work(self, work: Callable[[], T], large: bool) -> T:
@@ -52,8 +55,8 @@ class Context:
         async with self._large:
             return await asyncio.to_thread(work)
 
-    def route(self, path: str, endpoint: Endpoint, method: str) -> Route:
-        """Return a route whose answers and errors are counted under its path as written here."""
+    def route(self, path: str, rpc: str, endpoint: Endpoint, method: str) -> Route:
+        """Return a route that is open to whoever may call `rpc`, and counted under its path as written here."""
         counted = self.metrics.http_requests
         duration = self.metrics.http_duration.labels(path)
 
@@ -61,6 +64,7 @@ class Context:
             start = time.perf_counter()
             status = _GONE
             try:
+                self.security.admit(RPC_SCOPES[rpc], authorization(request), f"calling {rpc}")
                 response = await endpoint(request)
                 status = response.status_code
             except ClientDisconnect:
@@ -75,6 +79,12 @@ class Context:
             return response
 
         return Route(path, answer, methods=[method])
+
+
+def authorization(request: Request) -> str | None:
+    """Return the header with the token; none, when there are several that may differ."""
+    given = request.headers.getlist("authorization")
+    return given[0] if len(given) == 1 else None
 
 
 def call_of(request: Request) -> Call:

@@ -1,7 +1,7 @@
 """The paths of REST v2, and what each asks of the service."""
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from google.protobuf.message import Message
@@ -19,6 +19,7 @@ from layercast.server.rest.documents import SMALL, dumped, parse
 from layercast.server.rest.messages import as_json, fill_repository_parameters
 from layercast.server.rest.requests import JSON_LENGTH, bare_request, json_length, read_request
 from layercast.server.service.call import Call
+from layercast.server.transport.security import Security
 
 Ask = Callable[[Request], Message]
 
@@ -27,53 +28,57 @@ _VERSION = _MODEL + "/versions/{version}"
 _SMALL_BODY = 1 << 20  # of requests that carry no tensors
 
 
-def routes(service: object, metrics: Metrics, max_bytes: int) -> list[Route]:
-    """Return the routes; `service` answers the RPCs of the protocol, `max_bytes` bounds bodies either way."""
-    context = Context(service, metrics, max_bytes)
+def routes(services: Sequence[object], metrics: Metrics, max_bytes: int, security: Security) -> list[Route]:
+    """Return the routes; `services` answer the RPCs of the protocol, `max_bytes` bounds bodies either way."""
+    context = Context(services, metrics, max_bytes, security)
     get = functools.partial(_get, context)
     made = [
-        get("/v2", "server_metadata", lambda _: m.ServerMetadataRequest()),
-        get("/v2/health/live", "server_live", lambda _: m.ServerLiveRequest(), flag="live"),
-        get("/v2/health/ready", "server_ready", lambda _: m.ServerReadyRequest(), flag="ready"),
-        get("/v2/models/stats", "model_statistics", lambda _: m.ModelStatisticsRequest()),
+        get("/v2", "ServerMetadata", lambda _: m.ServerMetadataRequest()),
+        get("/v2/health/live", "ServerLive", lambda _: m.ServerLiveRequest(), flag="live"),
+        get("/v2/health/ready", "ServerReady", lambda _: m.ServerReadyRequest(), flag="ready"),
+        get("/v2/models/stats", "ModelStatistics", lambda _: m.ModelStatisticsRequest()),
     ]
     for base in (_MODEL, _VERSION):
         made += [
-            get(base, "model_metadata", lambda r: m.ModelMetadataRequest(**_named(r))),
-            get(f"{base}/ready", "model_ready", lambda r: m.ModelReadyRequest(**_named(r)), flag="ready"),
-            get(f"{base}/config", "model_config", lambda r: m.ModelConfigRequest(**_named(r)), part="config"),
-            get(f"{base}/stats", "model_statistics", lambda r: m.ModelStatisticsRequest(**_named(r))),
-            context.route(f"{base}/infer", functools.partial(_infer, context), "POST"),
+            get(base, "ModelMetadata", lambda r: m.ModelMetadataRequest(**_named(r))),
+            get(f"{base}/ready", "ModelReady", lambda r: m.ModelReadyRequest(**_named(r)), flag="ready"),
+            get(f"{base}/config", "ModelConfig", lambda r: m.ModelConfigRequest(**_named(r)), part="config"),
+            get(f"{base}/stats", "ModelStatistics", lambda r: m.ModelStatisticsRequest(**_named(r))),
+            context.route(f"{base}/infer", "ModelInfer", functools.partial(_infer, context), "POST"),
         ]
     return made + _administration(context)
 
 
 def _administration(context: Context) -> list[Route]:
-    def post(path: str, endpoint: Callable[[Context, Request], Awaitable[Response]]) -> Route:
-        return context.route(path, functools.partial(endpoint, context), "POST")
+    def post(path: str, rpc: str, endpoint: Callable[[Context, Request], Awaitable[Response]]) -> Route:
+        return context.route(path, rpc, functools.partial(endpoint, context), "POST")
 
     made = [
-        post("/v2/repository/index", _index),
-        post("/v2/repository/models/{model}/load", _load),
-        post("/v2/repository/models/{model}/unload", _unload),
-        post("/v2/logging", _set_logging),
-        _get(context, "/v2/logging", "log_settings", lambda _: m.LogSettingsRequest(), shape=_settings),
+        post("/v2/repository/index", "RepositoryIndex", _index),
+        post("/v2/repository/models/{model}/load", "RepositoryModelLoad", _load),
+        post("/v2/repository/models/{model}/unload", "RepositoryModelUnload", _unload),
+        post("/v2/logging", "LogSettings", _set_logging),
+        _get(context, "/v2/logging", "LogSettings", lambda _: m.LogSettingsRequest(), shape=_settings),
     ]
     for path in ("/v2/trace/setting", _MODEL + "/trace/setting"):
-        made += [post(path, _set_trace), _get(context, path, "trace_setting", _trace_request, shape=_settings)]
+        made += [
+            post(path, "TraceSetting", _set_trace),
+            _get(context, path, "TraceSetting", _trace_request, shape=_settings),
+        ]
     for kind, name in (("system", "SystemSharedMemory"), ("cuda", "CudaSharedMemory")):
         base = f"/v2/{kind}sharedmemory"
         for verb, method in (("status", "GET"), ("register", "POST"), ("unregister", "POST")):
-            ask = functools.partial(_region, getattr(m, f"{name}{verb.capitalize()}Request"))
-            answer = functools.partial(_plain, context, f"{kind}_shared_memory_{verb}", ask)
-            made += [context.route(f"{base}{part}/{verb}", answer, method) for part in ("", "/region/{region}")]
+            rpc = f"{name}{verb.capitalize()}"
+            ask = functools.partial(_region, getattr(m, f"{rpc}Request"))
+            answer = functools.partial(_plain, context, rpc, ask)
+            made += [context.route(f"{base}{part}/{verb}", rpc, answer, method) for part in ("", "/region/{region}")]
     return made
 
 
 def _get(
     context: Context,
     path: str,
-    method: str,
+    rpc: str,
     ask: Ask,
     *,
     flag: str = "",
@@ -83,17 +88,17 @@ def _get(
     """Return a GET route for an RPC. A `flag` that is false is answered with 503, as probes want it."""
 
     async def answer(request: Request) -> Response:
-        message = await context.call(method, ask(request), call_of(request))
+        message = await context.call(rpc, ask(request), call_of(request))
         found = shape(getattr(message, part) if part else message)
         if flag and "model" in request.path_params:
             found["name"] = request.path_params["model"]
         return _json(found, 200 if not flag or found[flag] else 503)
 
-    return context.route(path, answer, "GET")
+    return context.route(path, rpc, answer, "GET")
 
 
-async def _plain(context: Context, method: str, ask: Ask, request: Request) -> Response:
-    return _json(as_json(await context.call(method, ask(request), call_of(request))))
+async def _plain(context: Context, rpc: str, ask: Ask, request: Request) -> Response:
+    return _json(as_json(await context.call(rpc, ask(request), call_of(request))))
 
 
 async def _infer(context: Context, request: Request) -> Response:
@@ -105,10 +110,10 @@ async def _infer(context: Context, request: Request) -> Response:
         read = functools.partial(read_request, *names, body, length)
         message, forms = await context.work(read, length > SMALL)
     else:
-        metadata = await context.call("model_metadata", m.ModelMetadataRequest(**_named(request)), Call())
+        metadata = await context.call("ModelMetadata", m.ModelMetadataRequest(**_named(request)), Call())
         message, forms = bare_request(*names, body, metadata)
     del body
-    response = await unless_gone(request, context.call("model_infer", message, call))
+    response = await unless_gone(request, context.call("ModelInfer", message, call))
     write = functools.partial(
         write_answer, response, forms, context.max_bytes, accepted_encoding(headers.get("accept-encoding", ""))
     )
@@ -119,20 +124,20 @@ async def _infer(context: Context, request: Request) -> Response:
 async def _index(context: Context, request: Request) -> Response:
     given = await _document(request)
     asked = m.RepositoryIndexRequest(ready=_typed(given, "ready", bool, default=False))
-    answer = await context.call("repository_index", asked, call_of(request))
+    answer = await context.call("RepositoryIndex", asked, call_of(request))
     return _json([as_json(entry) for entry in answer.models])
 
 
 async def _load(context: Context, request: Request) -> Response:
     asked = m.RepositoryModelLoadRequest(model_name=request.path_params["model"])
     fill_repository_parameters(asked.parameters, (await _document(request)).get("parameters"))
-    return _json(as_json(await context.call("repository_model_load", asked, call_of(request))))
+    return _json(as_json(await context.call("RepositoryModelLoad", asked, call_of(request))))
 
 
 async def _unload(context: Context, request: Request) -> Response:
     asked = m.RepositoryModelUnloadRequest(model_name=request.path_params["model"])
     fill_repository_parameters(asked.parameters, (await _document(request)).get("parameters"))
-    return _json(as_json(await context.call("repository_model_unload", asked, call_of(request))))
+    return _json(as_json(await context.call("RepositoryModelUnload", asked, call_of(request))))
 
 
 def _trace_request(request: Request) -> m.TraceSettingRequest:
@@ -145,7 +150,7 @@ async def _set_trace(context: Context, request: Request) -> Response:
         # null, which clears a setting, is a setting without values.
         values = [] if value is None else value if isinstance(value, list) else [value]
         asked.settings[key].value.extend(str(item) for item in values)
-    return _json(_settings(await context.call("trace_setting", asked, call_of(request))))
+    return _json(_settings(await context.call("TraceSetting", asked, call_of(request))))
 
 
 async def _set_logging(context: Context, request: Request) -> Response:
@@ -159,7 +164,7 @@ async def _set_logging(context: Context, request: Request) -> Response:
             asked.settings[key].string_param = value
         else:
             raise InvalidArgument(f"setting {key[:64]!r}: want true or false, a whole number or a string")
-    return _json(_settings(await context.call("log_settings", asked, call_of(request))))
+    return _json(_settings(await context.call("LogSettings", asked, call_of(request))))
 
 
 def _settings(answer: Message) -> dict[str, Any]:

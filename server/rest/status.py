@@ -41,6 +41,8 @@ def error_response(error: Exception, method: str) -> Response:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
     failed = reply(error, method)
     headers = {}
+    if failed.code is _CODES.UNAUTHENTICATED:
+        headers["www-authenticate"] = "Bearer"
     if isinstance(error, ServingError) and error.retry_after is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after))
     return JSONResponse({"error": failed.message}, HTTP_STATUS[failed.code], headers)

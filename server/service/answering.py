@@ -18,6 +18,7 @@ from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.model import ServedModel
 from layercast.server.monitor import Kind, Spent
 from layercast.server.repository import Repository
+from layercast.server.service import scopes
 from layercast.server.service.call import Call
 from layercast.server.service.requests import Wanted, join, token_length
 from layercast.server.work import Answer, Array, Tap
@@ -105,6 +106,10 @@ class Answering:
         self, model: ServedModel, inputs: Mapping[str, Array], rows: int, wanted: Wanted, call: Call
     ) -> Answered:
         """Run the rows and return what was asked for, after checking that it fits into a message."""
+        if wanted.outputs:
+            scopes.require(scopes.PREDICT, to="asking for outputs")
+        if wanted.layers:
+            scopes.require(scopes.FEATURES, to="asking for layers")
         manifest = model.manifest
         taps = tuple(dict.fromkeys(asked.tap for asked in wanted.layers))
         check_size(manifest, taps, rows, token_length(manifest, inputs), self._max_bytes, wanted.outputs)

@@ -17,6 +17,7 @@ from layercast.server.errors import StartError, Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
 from layercast.server.transport.ports import bound_socket, port_in_use
+from layercast.server.transport.security import Security
 from layercast.server.transport.status import reply
 
 Answer = Callable[[Any, Call], Awaitable[Message]]
@@ -33,7 +34,9 @@ _KEEPALIVE = (
 class GrpcFrontEnd:
     """A grpc.aio server for the two services, health and reflection."""
 
-    def __init__(self, services: dict[str, object], metrics: Metrics, max_message_bytes: int, reflect: bool) -> None:
+    def __init__(
+        self, services: dict[str, object], metrics: Metrics, max_message_bytes: int, reflect: bool, security: Security
+    ) -> None:
         options = (
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
@@ -41,7 +44,8 @@ class GrpcFrontEnd:
             ("grpc.so_reuseport", 0),
             *_KEEPALIVE,
         )
-        self._server = grpc.aio.server(options=options)
+        self._server = grpc.aio.server(interceptors=security.interceptors(metrics), options=options)
+        self._certificates = security.certificates
         self._metrics = metrics
         for name, methods in ((INFERENCE_SERVICE, INFERENCE), (FEATURES_SERVICE, FEATURES)):
             handlers = {method.name: self._handler(name, method, services[name]) for method in methods.values()}
@@ -57,6 +61,8 @@ class GrpcFrontEnd:
         # Tried with a plain socket first: grpc writes lines of its own to standard error when it can't listen.
         bound_socket("gRPC", host, port, "--grpc-port").close()
         try:
+            if self._certificates:
+                return self._server.add_secure_port(target, self._certificates.grpc_credentials())
             return self._server.add_insecure_port(target)
         except RuntimeError as error:
             raise StartError(port_in_use("gRPC", host, port, "--grpc-port")) from error

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -58,7 +59,7 @@ class _Server(uvicorn.Server):
 class HttpFrontEnd:
     """Serves one application on one port."""
 
-    def __init__(self, application: Starlette, what: str, option: str) -> None:
+    def __init__(self, application: Starlette, what: str, option: str, tls: ssl.SSLContext | None = None) -> None:
         config = uvicorn.Config(
             application,
             http=_Protocol,
@@ -70,6 +71,8 @@ class HttpFrontEnd:
             timeout_graceful_shutdown=2,
             server_header=False,
         )
+        config.load()
+        config.ssl = tls
         self._server = _Server(config)
         self._what = what
         self._option = option
