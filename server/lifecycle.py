@@ -127,10 +127,10 @@ async def run(settings: Settings) -> int:
         os._exit(0)
     await starting
     _say(banner.table(server.repository.versions()))
-    host = settings.host
+    host, scheme = settings.host, "https" if settings.tls_certificate else "http"
     _say(
         f"ready in {time.perf_counter() - began:.1f} s   gRPC {host}:{server.grpc_port}   "
-        f"http://{host}:{server.http_port}   metrics http://{host}:{server.metrics_port}/metrics"
+        f"{scheme}://{host}:{server.http_port}   metrics http://{host}:{server.metrics_port}/metrics"
     )
     _say(f"try:  layercast predict mnist --demo        stop: Ctrl-C (drains up to {settings.drain_seconds:g} s)")
     await stopping
