@@ -6,12 +6,13 @@ import socket
 import time
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from resting import call, infer, outputs, tensor, with_binary
 from serving import running
-from test_server_inference import assert_answers, rows_for, wait_until
+from test_server_inference import assert_answers, offline, rows_for, wait_until
 from test_server_operations import get, samples, value
 
 LIMIT = 1 << 20
@@ -202,3 +203,18 @@ def test_one_connection_carries_many_requests(small, modules):
         assert (response.status, bool(response.read())) == (status, True)
     connection.close()
     assert call(small, "GET", "/v2/health/live").status == 200
+
+
+def test_a_shutdown_answers_what_was_admitted_over_http(repository, modules):
+    with running(repository, engine="eager") as server:
+        model = server.server.repository.find("shared", "")
+        server.on_loop(model.batcher.hold)
+        x = rows_for("shared", 2)
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(infer, server, "shared", {"inputs": [tensor(x)]})
+            wait_until(server, lambda: model.batcher.queued_rows == 2)
+            stopping = pool.submit(server.wait, server.server.shut_down())
+            np.testing.assert_allclose(outputs(waiting.result())["output"], offline(modules["shared"], x), atol=1e-5)
+            stopping.result()
+        with pytest.raises(ConnectionError):
+            call(server, "GET", "/v2/health/live")
