@@ -130,7 +130,7 @@ install_triton_client() { # apart from .venv: its dependencies (ml-dtypes, proto
     say "$triton_venv with the stock tritonclient and a reflection client beside our own"
     "$venv/bin/python" -m venv --clear "$triton_venv"
     "$triton_venv/bin/python" -m pip --disable-pip-version-check install -qq \
-        -c constraints/tritonclient.txt 'tritonclient[grpc]' grpc-requests -e .
+        -c constraints/tritonclient.txt 'tritonclient[grpc,http]' grpc-requests -e .
 }
 
 case "$kind" in

@@ -62,6 +62,12 @@ class ResourceExhausted(ServingError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+class Unauthenticated(ServingError):
+    """The caller has not said who it is, or with a token that is not known here."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
 class PermissionDenied(ServingError):
     """The protocol knows this, and the operator lets nobody, or not this caller, do it."""
 

@@ -19,6 +19,7 @@ from layercast.server import banner, environment
 from layercast.server.errors import StartError
 from layercast.server.metrics import Metrics
 from layercast.server.repository import Repository
+from layercast.server.rest.routes import routes
 from layercast.server.service.administration import AdministrationService, SharedMemoryService
 from layercast.server.service.answering import Answering
 from layercast.server.service.control import ModelControl
@@ -29,6 +30,7 @@ from layercast.server.service.streaming import StreamService
 from layercast.server.settings import Settings
 from layercast.server.transport.grpcio import GrpcFrontEnd
 from layercast.server.transport.http import HttpFrontEnd
+from layercast.server.transport.security import Security
 from layercast.server.watch import Watcher
 from layercast.server.web.app import application, metrics_application
 
@@ -46,6 +48,7 @@ class Server:
         threads = environment.cpu_budget()
         torch.set_num_threads(threads)
         self._settings = settings
+        security = Security.read(settings)
         self.metrics = Metrics()
         self.metrics.build_info.info(environment.versions())
         self.repository = Repository(settings, self.metrics, threads)
@@ -62,9 +65,13 @@ class Server:
             ),
             FEATURES_SERVICE: (FeatureService(self.repository, answering),),
         }
-        self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection)
-        self._http = HttpFrontEnd(application(self.repository, self.metrics.registry), "HTTP", "--http-port")
-        self._metrics_http = HttpFrontEnd(metrics_application(self.metrics.registry), "metrics", "--metrics-port")
+        self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection, security)
+        rest = routes(services[INFERENCE_SERVICE], self.metrics, settings.max_message_bytes, security)
+        web = application(self.repository, self.metrics.registry, rest, security)
+        tls = security.certificates.context if security.certificates else None
+        self._http = HttpFrontEnd(web, "HTTP", "--http-port", tls)
+        scraped = metrics_application(self.metrics.registry, rest)
+        self._metrics_http = HttpFrontEnd(scraped, "metrics", "--metrics-port")
         self._watching: asyncio.Task[None] | None = None
         self._stopped = False
         self.grpc_port = self.http_port = self.metrics_port = 0
@@ -164,10 +171,10 @@ async def run(settings: Settings) -> NoReturn:
         _end(0)
     await starting
     _say(banner.table(server.repository.versions()))
-    host = settings.host
+    host, scheme = settings.host, "https" if settings.tls_certificate else "http"
     _say(
         f"ready in {time.perf_counter() - began:.1f} s   gRPC {host}:{server.grpc_port}   "
-        f"http://{host}:{server.http_port}   metrics http://{host}:{server.metrics_port}/metrics"
+        f"{scheme}://{host}:{server.http_port}   metrics http://{host}:{server.metrics_port}/metrics"
     )
     _say(f"try:  layercast predict mnist --demo        stop: Ctrl-C (drains up to {settings.drain_seconds:g} s)")
     await stopping

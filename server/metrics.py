@@ -89,6 +89,12 @@ class Metrics:
         self.rpc_received = self._counter("grpc_server_msg_received_total", "Messages received", _RPC)
         self.rpc_sent = self._counter("grpc_server_msg_sent_total", "Messages sent", _RPC)
         self.rpc_duration = self._histogram("grpc_server_handling_seconds", "Time from start to end of an RPC", _RPC)
+        self.http_requests = self._counter(
+            "layercast_http_requests_total", "REST requests ended, by the pattern of the path", ("route", "status")
+        )
+        self.http_duration = self._histogram(
+            "layercast_http_request_duration_seconds", "Time from the head of a REST request to its answer", ("route",)
+        )
 
     def forget(self, model: str, version: int) -> None:
         """Remove every series of a version that is in memory no more."""

@@ -120,13 +120,21 @@ class Settings(ModelSettings, BaseSettings):
     )  # fmt: skip
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for all interfaces")
     grpc_port: int = Field(default=8001, ge=0, le=65_535, description="gRPC port; 0 takes a free one")
-    http_port: int = Field(default=8000, ge=0, le=65_535, description="HTTP port: health, metrics; 0 takes a free one")
+    http_port: int = Field(default=8000, ge=0, le=65_535, description="HTTP port: REST v2, metrics; 0 takes a free one")
     metrics_port: int = Field(default=8002, ge=0, le=65_535, description="Prometheus port; 0 takes a free one")
     max_message_mb: int = Field(default=64, ge=1, le=2047, description="largest message either way, MiB")
     drain_seconds: float = Field(default=10.0, ge=0, description="how long running requests may finish at shutdown, s")
     drain_delay_seconds: float = Field(
         default=0.0, ge=0, le=3600, description="how long to answer on while saying 'not ready', before the drain, s"
     )
+    tls_certificate: Path | None = Field(
+        default=None, description="PEM file with the server's certificate chain; encrypts the gRPC and HTTP ports"
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file with the key of that certificate")
+    tls_client_ca: Path | None = Field(
+        default=None, description="PEM file with the authority whose certificates clients must have (mutual TLS)"
+    )
+    token_file: Path | None = Field(default=None, description="TOML file with the tokens that callers must send")
     reflection: bool = Field(default=True, description="let clients list the services (gRPC reflection)")
     trust: Names = Field(
         default=(),

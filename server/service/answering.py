@@ -20,6 +20,7 @@ from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.model import ServedModel
 from layercast.server.monitor import Kind, Spent
 from layercast.server.repository import Repository
+from layercast.server.service import scopes
 from layercast.server.service.call import Call
 from layercast.server.service.requests import Wanted, join, token_length
 from layercast.server.service.terms import NO_PARAMETERS, terms_of
@@ -121,6 +122,10 @@ class Answering:
 
         `parameters` are the request's: `priority` and `timeout` say how its rows wait.
         """
+        if wanted.outputs:
+            scopes.require(scopes.PREDICT, to="asking for outputs")
+        if wanted.layers:
+            scopes.require(scopes.FEATURES, to="asking for layers")
         manifest = model.manifest
         terms = terms_of(call, parameters)
         taps = tuple(dict.fromkeys(asked.tap for asked in wanted.layers))

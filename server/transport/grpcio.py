@@ -13,6 +13,7 @@ from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
 from layercast.server.transport.calls import Counted, Handler, StreamRpc, UnaryRpc
 from layercast.server.transport.ports import bound_socket, not_bound
+from layercast.server.transport.security import Security
 from layercast.server.transport.standard import UnknownRpcs, add_health, add_reflection
 
 _OPTIONS: Final = (
@@ -37,14 +38,20 @@ class GrpcFrontEnd:
     """A grpc.aio server for the two services, health and reflection."""
 
     def __init__(
-        self, services: Mapping[str, Sequence[object]], metrics: Metrics, max_message_bytes: int, reflect: bool
+        self,
+        services: Mapping[str, Sequence[object]],
+        metrics: Metrics,
+        max_message_bytes: int,
+        reflect: bool,
+        security: Security,
     ) -> None:
         """`services` holds, by the service's name, the objects that answer its RPCs, each some of them."""
         limits = (
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
         )
-        self._server = grpc.aio.server(options=(*limits, *_OPTIONS))
+        self._server = grpc.aio.server(interceptors=security.interceptors(metrics), options=(*limits, *_OPTIONS))
+        self._certificates = security.certificates
         self._metrics = metrics
         self._streams: list[StreamRpc] = []
         for name, methods in ((INFERENCE_SERVICE, INFERENCE), (FEATURES_SERVICE, FEATURES)):
@@ -61,6 +68,8 @@ class GrpcFrontEnd:
         # Tried with a plain socket first: grpc writes lines of its own to standard error when it can't listen.
         bound_socket("gRPC", host, port, "--grpc-port").close()
         try:
+            if self._certificates:
+                return self._server.add_secure_port(target, self._certificates.grpc_credentials())
             return self._server.add_insecure_port(target)
         except RuntimeError as error:
             raise StartError(not_bound(error, "gRPC", host, port, "--grpc-port")) from error
