@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_server_inference import offline
-from test_tritonclient import run, stock_python
-
-__all__ = ["stock_python"]
+from test_tritonclient import run
 
 SCRIPT = Path(__file__).parent / "tritonclient_http_script.py"
 
