@@ -13,19 +13,21 @@ from layercast.models.manifest import FileEntry, Manifest, TensorSpec
 from layercast.proto.messages import ModelInferRequest
 from layercast.proto.rpc import FEATURES_SERVICE, INFERENCE_SERVICE
 from layercast.server.errors import NotFound
+from layercast.server.index import Version
 from layercast.server.metrics import Metrics
 from layercast.server.model import Loaded, ServedModel
 from layercast.server.monitor import ModelMonitor
-from layercast.server.repository import Version
 from layercast.server.runner import Runner
 from layercast.server.service.administration import AdministrationService, SharedMemoryService
 from layercast.server.service.answering import Answering
+from layercast.server.service.control import ModelControl
 from layercast.server.service.features import FeatureService
 from layercast.server.service.inference import InferenceService
 from layercast.server.service.metadata import MetadataService
 from layercast.server.service.streaming import StreamService
 from layercast.server.settings import ModelSettings
 from layercast.server.transport.grpcio import GrpcFrontEnd
+from layercast.server.transport.security import Security
 
 Arrays = Mapping[str, np.ndarray]
 _ENTRY = FileEntry(sha256="0" * 64, bytes=0)
@@ -83,6 +85,7 @@ class Server:
         inference = InferenceService(answering)
         objects = (
             MetadataService(self.repository),
+            ModelControl(self.repository, allowed=False),
             inference,
             StreamService(inference, max_bytes),
             AdministrationService(self.repository),
@@ -90,9 +93,9 @@ class Server:
         )
         features = (FeatureService(self.repository, answering),)
         services = {INFERENCE_SERVICE: objects, FEATURES_SERVICE: features}
-        self.front_end = GrpcFrontEnd(services, self.metrics, max_bytes, reflect=True)
+        self.front_end = GrpcFrontEnd(services, self.metrics, max_bytes, reflect=True, security=Security(None, None))
         self.grpc_port = self.front_end.bind("127.0.0.1", 0)
-        await self.front_end.set_health(["", INFERENCE_SERVICE], serving=True)
+        self.front_end.set_health(["", INFERENCE_SERVICE], serving=True)
         await self.front_end.start()
 
     async def stop(self) -> None:
@@ -110,8 +113,8 @@ class Server:
             files={"weights.safetensors": _ENTRY, "golden.safetensors": _ENTRY},
         )
         engine = _Engine(model.function)
-        loaded = Loaded(manifest, model.settings, Runner(manifest, engine, engine), 0.0, 0.0)
-        monitor = ModelMonitor(self.metrics, name, str(model.version), "cpu", model.settings.queue_rows)
+        loaded = Loaded(manifest, model.settings, (Runner(manifest, engine, None),), 1, 0.0, 0.0)
+        monitor = ModelMonitor(self.metrics, name, str(model.version), "cpu", loaded.limits)
         return ServedModel(loaded, monitor)
 
 

@@ -21,14 +21,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Subj
 def test_nothing_is_lost_doubled_swapped_or_wrong_under_a_mixed_load(made):
     repository, known = made
     free = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
-    with serving(repository, *free, "--engine", "eager", "--max-batch", "16") as server:
+    options = ("--engine", "eager", "--max-batch", "16", "--model-control", "explicit")
+    with serving(repository, *free, *options) as server:
         grpc_port, _, metrics_port = server.read_until(READY).groups()
-        journal = soak(f"127.0.0.1:{grpc_port}", known, Load(callers=12, requests=120, seconds=60, kills=2))
+        load = Load(callers=12, requests=120, seconds=60, kills=2, reloads=4)
+        journal = soak(f"127.0.0.1:{grpc_port}", known, load, repository)
         left = wait_for_quiet(f"http://127.0.0.1:{metrics_port}/metrics")
     assert journal.wrong() == []
     assert left == {"layercast_queue_rows": 0, "layercast_inflight_requests": 0}
     kinds = {key.split(" ")[0] for key in journal.counts()}
-    assert kinds == {"predict", "features", "hurried", "abandoned", "mistaken"}
+    assert kinds == {"predict", "features", "streamed", "hurried", "abandoned", "mistaken"}
     assert journal.counts()["predict OK"] > 500
     assert len(WEIGHTS) == len(kinds)
 

@@ -129,6 +129,10 @@ def _config(model: ServedModel) -> ModelConfig:
     )
     kind = "KIND_GPU" if model.loaded.runner.fast.device == "cuda" else "KIND_CPU"
     config.instance_group.add(name=manifest.name, count=batcher.instances, kind=ModelInstanceGroup.Kind.Value(kind))
+    if settings.versions == "latest":
+        config.version_policy.latest.num_versions = 1
+    else:
+        config.version_policy.all.SetInParent()
     if settings.batching:
         _batching(config.dynamic_batching, batcher.limits)
     return config

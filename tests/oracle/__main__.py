@@ -10,7 +10,7 @@ from pathlib import Path
 
 from oracle.memory import Growth
 from oracle.soak import Load, gauges, soak
-from oracle.subjects import subjects
+from oracle.subjects import Subject, subjects
 
 _READY = re.compile(r"gRPC \S+:(\d+) .*metrics (http://\S+)")
 
@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600, help="how long callers ask")
     parser.add_argument("--callers", type=int, default=16, help="callers at once")
     parser.add_argument("--kills", type=int, default=50, help="clients killed with requests under way, at most")
+    parser.add_argument("--reloads", type=int, default=10_000, help="models reloaded, at most")
     parser.add_argument("--growth", type=float, default=50, help="MB the server may grow in the second half")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -28,22 +29,25 @@ def main() -> int:
         known = subjects(repository)
         ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
         command = [sys.executable, "-m", "layercast.server", "serve", "--repository", str(repository), *ports]
+        command += ["--model-control", "explicit"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             try:
-                return _load(server, known, args)
+                return _load(server, known, repository, args)
             finally:
                 server.terminate()
 
 
-def _load(server: "subprocess.Popen[str]", known: dict, args: argparse.Namespace) -> int:
+def _load(
+    server: "subprocess.Popen[str]", known: dict[str, Subject], repository: Path, args: argparse.Namespace
+) -> int:
     assert server.stdout
     ready = next((found for line in server.stdout if (found := _READY.search(line))), None)
     if ready is None:
         return 1
     threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe would stop the server
     with Growth(ready[2]) as growth:
-        load = Load(args.callers, 10**9, args.seconds, args.kills)
-        journal = soak(f"127.0.0.1:{ready[1]}", known, load)
+        load = Load(args.callers, 10**9, args.seconds, args.kills, args.reloads)
+        journal = soak(f"127.0.0.1:{ready[1]}", known, load, repository)
     for ends, count in sorted(journal.counts().items()):
         print(f"{count:>9,}  {ends}")
     faults = journal.wrong()

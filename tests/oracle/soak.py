@@ -1,5 +1,6 @@
 """Runs callers against a server process for a number of requests or of seconds, and says what was wrong."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from layercast.proto.messages import ModelInferRequest, RepositoryModelLoadRequest
+from layercast.proto.rpc import INFERENCE
 from oracle.journal import Journal
 from oracle.subjects import Subject
 from oracle.traffic import Caller, ask
@@ -27,16 +32,17 @@ be_killed(sys.argv[1])
 
 @dataclass(frozen=True)
 class Load:
-    """How much: callers at once, requests a caller or seconds in all (the smaller ends it), clients killed."""
+    """How much: callers at once, requests a caller or seconds in all (the smaller ends it), clients killed, reloads."""
 
     callers: int = 16
     requests: int = 100
     seconds: float = 3600.0
     kills: int = 3
+    reloads: int = 4
 
 
-def soak(url: str, subjects: dict[str, Subject], load: Load) -> Journal:
-    """Let callers ask and clients die; return the journal of what was asked by callers that lived."""
+def soak(url: str, subjects: dict[str, Subject], load: Load, repository: Path) -> Journal:
+    """Let callers ask, clients die and models be reloaded; return the journal of callers that lived."""
     journal = Journal()
     until = time.monotonic() + load.seconds
     done = threading.Event()
@@ -54,13 +60,34 @@ def soak(url: str, subjects: dict[str, Subject], load: Load) -> Journal:
     killer = threading.Thread(target=_kill_clients, args=(url, load.kills, done))
     killer.start()
     try:
-        with ThreadPoolExecutor(load.callers) as pool:
+        with ThreadPoolExecutor(load.callers + 1) as pool:
+            reloading = pool.submit(_reload, url, repository, list(subjects), load.reloads, done)
             for running in [pool.submit(call, seed) for seed in range(load.callers)]:
                 running.result()
+            done.set()
+            reloading.result()
     finally:
         done.set()
         killer.join()
     return journal
+
+
+def _reload(url: str, repository: Path, names: list[str], count: int, done: threading.Event) -> None:
+    """Bring version 2 of each model in and take it out again, by turns; what is loaded answers from then on."""
+    method = INFERENCE["RepositoryModelLoad"]
+    with grpc.insecure_channel(url) as channel:
+        load = channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
+        for number in range(count):
+            name = names[number // 2 % len(names)]
+            place, spare = repository / name / "2", repository.parent / f"{name}.spare" / "2"
+            if place.exists():
+                shutil.rmtree(place)
+            else:
+                shutil.copytree(spare, place.with_name(".2"))
+                place.with_name(".2").rename(place)
+            load(RepositoryModelLoadRequest(model_name=name), timeout=60)
+            if done.is_set():
+                break
 
 
 def _kill_clients(url: str, count: int, done: threading.Event) -> None:
@@ -77,12 +104,6 @@ def _kill_clients(url: str, count: int, done: threading.Event) -> None:
 
 def be_killed(url: str) -> None:
     """Keep requests under way, say so, and wait for the end."""
-    import grpc
-    import numpy as np
-
-    from layercast.proto.messages import ModelInferRequest
-    from layercast.proto.rpc import INFERENCE
-
     method = INFERENCE["ModelInfer"]
     channel = grpc.insecure_channel(url)
     infer = channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)

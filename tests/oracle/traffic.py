@@ -44,6 +44,10 @@ class Caller:
         self._infer = self._channel.unary_unary(
             method.path, method.request.SerializeToString, method.response.FromString
         )
+        method = INFERENCE["ModelStreamInfer"]
+        self._stream = self._channel.stream_stream(
+            method.path, method.request.SerializeToString, method.response.FromString
+        )
         self._subjects = list(subjects.values())
         self._journal = journal
         self.random = random.Random(seed)
@@ -86,6 +90,23 @@ class Caller:
         spoil(message)
         self._wait(asked, message)
 
+    def streamed(self) -> None:
+        """Ask several times over one stream, sometimes wrongly: errors stay inside it, and each answer has its id."""
+        batch = [self._new("streamed", ["logits"], _BUSY) for _ in range(self.random.randint(2, 6))]
+        if self.random.random() < 0.3:
+            asked, message = self._new("streamed", ["logits"], frozenset({"INVALID_ARGUMENT"}))
+            message.raw_input_contents[0] = b"abc"
+            batch.append((asked, message))
+        for asked, _ in batch:
+            self._journal.asks(asked)
+        try:
+            for response in self._stream(iter([message for _, message in batch]), timeout=_PATIENCE):
+                self._journal.ended(response.infer_response.id, _streamed_reply(response))
+        except grpc.RpcError as error:
+            for asked, _ in batch:
+                if not asked.ends:
+                    self._journal.ended(asked.id, Reply(error.code().name, text=error.details() or ""))
+
     def _new(
         self, kind: str, outputs: list[str], allowed: frozenset[str], subject: Subject | None = None
     ) -> tuple[Asked, ModelInferRequest]:
@@ -124,9 +145,17 @@ def reply_of(response: Any) -> Reply:
     return Reply("OK", response.id, int(response.model_version), values)
 
 
+def _streamed_reply(response: Any) -> Reply:
+    if response.error_message:
+        code = response.infer_response.parameters["error_code"].string_param
+        return Reply(code, id=response.infer_response.id, text=response.error_message)
+    return reply_of(response.infer_response)
+
+
 WEIGHTS: dict[Callable[[Caller], None], int] = {
-    Caller.predict: 60,
+    Caller.predict: 55,
     Caller.features: 15,
+    Caller.streamed: 5,
     Caller.hurried: 8,
     Caller.abandoned: 8,
     Caller.mistaken: 9,
