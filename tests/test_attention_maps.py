@@ -67,10 +67,11 @@ def test_our_attention(causal):
     assert registered_hooks(module) == []
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's fused path warns of what it uses
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_torchs_attention_inside_its_encoder(batch_first):
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
-    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first).eval()
     x = torch.randn(2, 5, 8)
     given = x if batch_first else x.transpose(0, 1)
     with torch.inference_mode():
@@ -150,6 +151,13 @@ def test_rollout_by_hand():
     torch.testing.assert_close(rollout([one, two]), wanted[None])
     torch.testing.assert_close(rollout([one, two], residual=0.0), torch.full((1, 2, 2), 0.5))
     torch.testing.assert_close(rollout([two, one], residual=1.0), torch.eye(2)[None])
+
+
+def test_rollout_leaves_out_padding_that_the_model_looks_at():
+    maps, mask = torch.full((1, 1, 3, 3), 1 / 3), torch.tensor([[True, True, False]])
+    once = torch.tensor([[0.8, 0.2, 0.0], [0.2, 0.8, 0.0], [0.0, 0.0, 0.0]])  # (1/2 + 1/6, 1/6) over their sum
+    torch.testing.assert_close(rollout([maps], mask), once[None])
+    torch.testing.assert_close(rollout([maps, maps], mask), (once @ once)[None])
 
 
 def test_rollout_leaves_padding_out():

@@ -93,9 +93,9 @@ class Subject:
         return torch.where(self.mask_like(points, rows), chosen, points)
 
     def scores(self, points: Tensor, rows: Tensor) -> Tensor:
-        """Return the targets' scores [n] of `rows` run from `points`; no gradients."""
+        """Return the targets' scores [n] of `rows` run from `points`, which the model may change; no gradients."""
         with torch.no_grad():
-            return self._scores(points.clone(), rows)  # the model may change what it is given in place
+            return self._scores(points, rows)
 
     def gradients(self, points: Tensor, rows: Tensor) -> Tensor:
         """Return the gradients [n, …] of the targets' scores with respect to `points`.
@@ -104,7 +104,7 @@ class Subject:
         """
         with torch.enable_grad():
             leaf = points.detach().requires_grad_()
-            # A copy goes in here as well: a leaf must not be changed in place.
+            # A copy goes in: the model may change what it is given in place, which a leaf forbids.
             score = self._scores(leaf.clone(), rows)
             if not score.requires_grad:
                 raise ExplainError("the output carries no gradient back to the input; occlusion needs none")
