@@ -261,6 +261,21 @@ def test_layers_that_do_not_fit_are_said(model):
         of(model, "saliency")
 
 
+def test_recurrent_layers_run_without_cudnn(one_thread):
+    class Last(nn.Sequential):
+        def forward(self, x):
+            return self[0](x)[0][:, -1]
+
+    seen = []
+    model, x = Last(nn.GRU(3, 2, batch_first=True)).eval(), torch.rand(2, 4, 3)
+    model.register_forward_hook(lambda *_: seen.append((torch.is_grad_enabled(), torch.backends.cudnn.enabled)))
+    got = explain(model, x, "saliency", 0).attributions
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(got, torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)[0].abs())
+    assert seen[-2] == (True, False)
+    assert torch.backends.cudnn.enabled
+
+
 def test_a_model_without_gradients_is_told_so(one_thread):
     class Spoilt(nn.Sequential):
         def forward(self, x):

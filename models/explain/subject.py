@@ -1,6 +1,7 @@
 """What is explained: a model on given rows, run from any point between what it was given and a baseline."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +103,7 @@ class Subject:
 
         Parameters keep their `grad`. ExplainError where the score does not depend on the input by gradients at all.
         """
-        with torch.enable_grad():
+        with torch.enable_grad(), self._backward():
             leaf = points.detach().requires_grad_()
             # A copy goes in: the model may change what it is given in place, which a leaf forbids.
             score = self._scores(leaf.clone(), rows)
@@ -170,15 +171,17 @@ class Subject:
         with replaced(self._embedding, points):
             return pick_output(self.inputs.call(self.model, rows, None), self._output, len(rows))
 
+    def _backward(self) -> AbstractContextManager[object]:
+        """cuDNN's recurrent layers have no backward pass in eval mode; torch's own have."""
+        recurrent = any(isinstance(part, nn.RNNBase) for part in self.model.modules())
+        return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+
     def _checked(self, targets: int | Sequence[int] | Tensor) -> Tensor:
         return checked_targets(targets, self.rows, self._classes).to(self.inputs.attributed.device)
 
     def _largest(self) -> Tensor:
-        every = torch.arange(self.rows, device=self.inputs.attributed.device)
-        size = self._chunk_size()
         with torch.no_grad():
-            chunks = [every[start : start + size] for start in range(0, self.rows, size)]
-            return torch.cat([self._run(self.points(rows), rows).argmax(dim=1) for rows in chunks])
+            return self.summed(1, lambda rows, _: self._run(self.points(rows), rows).argmax(dim=1))
 
     def _probe(self) -> tuple[int, int]:
         """Run the first row: find the Embedding of token ids; return the bytes that autograd keeps, and the classes."""
