@@ -39,7 +39,8 @@ def integrated_gradients(
 
     attributions = subject.fold(subject.summed(steps, step))
     difference = subject.summed(2, end)
-    return attributions, (attributions.flatten(1).sum(dim=1, dtype=torch.float64) - difference).float()
+    error = attributions.flatten(1).sum(dim=1, dtype=torch.float64) - difference
+    return attributions, error.to(attributions.dtype)
 
 
 def _like(values: Tensor, points: Tensor) -> Tensor:

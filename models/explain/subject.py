@@ -138,10 +138,15 @@ class Subject:
             self.budget.progress(min(start + size, total), total)
 
     def summed(self, items: int, contribution: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return the sum over `items` of what `contribution(rows [n], items [n])` gives, [n, …], for each of N rows."""
+        """Return the sum over `items` of what `contribution(rows [n], items [n])` gives, [n, …], for each of N rows.
+
+        Halves are summed as float32.
+        """
         total: Tensor | None = None
         for rows, which in self.chunks(items):
             part = contribution(rows, which)
+            if part.is_floating_point():  # a sum of halves would lose what it adds last
+                part = part.to(torch.promote_types(part.dtype, torch.float32))
             total = part.new_zeros(self.rows, *part.shape[1:]) if total is None else total
             total.index_add_(0, rows, part)
         assert total is not None  # there is at least one row
