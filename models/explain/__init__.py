@@ -43,8 +43,8 @@ METHODS: Final[Mapping[str, Callable[..., Tensor | tuple[Tensor, Tensor]]]] = Ma
 class Explanation:
     """Attributions for each row, and the class index that each row was explained for, int64 [N].
 
-    `attributions` has the shape of the input; [N, T] for token ids, with zeros at padding; [N, H, W] for Grad-CAM. It is
-    float64 where the model computes in it, otherwise float32.
+    `attributions` has the shape of the input; [N, T] for token ids, with zeros at padding; [N, H, W] for Grad-CAM. It
+    is float64 where the model computes in it, otherwise float32.
     `delta` [N] is the completeness error of integrated gradients: how far the sum of a row's attributions is from the
     difference of its scores at the input and at the baseline. None for other methods.
     """
