@@ -69,7 +69,7 @@ def test_padding_is_given_no_noise(model):
         spread = torch.stack([row.max() - row.min() for row in real])
         total = total + gradient(model, values + REAL * 0.1 * spread[:, None, None] * noise)
     got = explain(model, INPUTS, "smoothgrad", [2, 0], samples=3, noise=0.1, seed=4).attributions
-    torch.testing.assert_close(got, torch.where(REAL, total / 3, 0).sum(dim=2))
+    torch.testing.assert_close(got, torch.where(REAL, total / 3, 0).abs().sum(dim=2))
 
 
 @pytest.mark.parametrize("baseline", [None, 7, torch.tensor([0.5, -1.0, 0.0, 2.0])], ids=["zeros", "id", "tensor"])

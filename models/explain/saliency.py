@@ -24,8 +24,9 @@ def input_x_gradient(subject: Subject) -> Tensor:
 
 
 def smoothgrad(subject: Subject, samples: int = 25, noise: float = 0.15, seed: int = 0) -> Tensor:
-    """Mean gradient over `samples` noisy copies of the input (Smilkov et al. 2017), signed.
+    """Mean gradient over `samples` noisy copies of the input (Smilkov et al. 2017): signed, absolute for token ids.
 
+    Absolute there, because a token's gradients are summed, and behind a LayerNorm their signed sum is always zero.
     The noise is normal with a standard deviation of `noise` times the row's own range, largest less smallest value.
     Sample j adds the first values of numpy's `Generator(PCG64([seed, j])).standard_normal` in the order of the row's
     values, the same for every row, so that no row depends on its neighbours or its place among them.
@@ -40,7 +41,8 @@ def smoothgrad(subject: Subject, samples: int = 25, noise: float = 0.15, seed: i
         drawn = _normal(seed, which, points)
         return subject.gradients(points + mask * spread * drawn, rows) / samples
 
-    return subject.fold(subject.summed(samples, noisy))
+    mean = subject.summed(samples, noisy)
+    return subject.fold(mean.abs() if subject.is_tokens else mean)
 
 
 def _range(points: Tensor, mask: Tensor) -> Tensor:
