@@ -17,6 +17,7 @@ from layercast.client.connection import (
 )
 from layercast.client.errors import LayercastError, from_status
 from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
+from layercast.client.security import File, authorization, channel_credentials
 from layercast.client.translation import Inputs
 from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray
@@ -35,10 +36,17 @@ class AsyncClient:
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        tls: bool = False,
+        ca: File | None = None,
+        certificate: File | None = None,
+        key: File | None = None,
+        token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        self._connection = Connection(url, timeout, max_message_bytes, credentials, headers or {})
+        credentials = credentials or channel_credentials(tls, ca, certificate, key)
+        sent = {**authorization(token), **(headers or {})}
+        self._connection = Connection(url, timeout, max_message_bytes, credentials, sent)
         self._operations = Operations()
         self._channel: grpc.aio.Channel | None = None
         self._closed = False

@@ -15,6 +15,7 @@ from layercast.client.connection import (
 )
 from layercast.client.errors import LayercastError, from_status
 from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
+from layercast.client.security import File, authorization, channel_credentials
 from layercast.client.translation import Inputs
 from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray
@@ -29,8 +30,13 @@ class Client:
             maps = client.features("mnist", images, "net.*", reduce="mean")  # {"net.0@mean": ..., ...}
 
     `timeout` is in seconds and covers a whole call; None waits for ever. A method's own `timeout` goes before it.
-    `max_message_bytes` bounds requests and answers. With `credentials` the connection is encrypted; `headers` go along
-    with every call. Errors are `LayercastError`s.
+    `max_message_bytes` bounds requests and answers.
+
+    With `tls`, or a URL `https://...`, the connection is encrypted and the server must have a certificate that the
+    system trusts, or with `ca` (a PEM file) that authority. `certificate` and `key` (PEM files) are for a server that
+    wants them of its callers, `token` for one that wants a token; without it the environment variable LAYERCAST_TOKEN
+    is looked at. `credentials` replaces all of TLS's files by gRPC's own object; `headers` go along with every call.
+    Errors are `LayercastError`s.
     """
 
     def __init__(
@@ -39,10 +45,17 @@ class Client:
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        tls: bool = False,
+        ca: File | None = None,
+        certificate: File | None = None,
+        key: File | None = None,
+        token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        self._connection = Connection(url, timeout, max_message_bytes, credentials, headers or {})
+        credentials = credentials or channel_credentials(tls, ca, certificate, key)
+        sent = {**authorization(token), **(headers or {})}
+        self._connection = Connection(url, timeout, max_message_bytes, credentials, sent)
         self._operations = Operations()
         self._channel = self._open()
         self._closed = False

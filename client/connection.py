@@ -24,7 +24,8 @@ class Connection:
     timeout: float | None = DEFAULT_TIMEOUT
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     credentials: grpc.ChannelCredentials | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    # Not shown: a token may be among them.
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         scheme, separator, rest = self.url.partition("://")
@@ -35,6 +36,8 @@ class Connection:
             raise ValueError(f"url {self.url!r} is not an address; write host:port, for example {DEFAULT_URL}")
         if self.max_message_bytes <= 0:
             raise ValueError(f"max_message_bytes is {self.max_message_bytes}; it must be positive")
+        if scheme == "https" and separator and self.credentials is None:
+            object.__setattr__(self, "credentials", grpc.ssl_channel_credentials())
         object.__setattr__(self, "url", address)
 
     @property

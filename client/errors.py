@@ -108,6 +108,15 @@ _BY_CODE: dict[grpc.StatusCode, type[LayercastError]] = {
 }
 
 
+# What gRPC says of a connection that was made and then not used, and what stands behind it.
+_HANDSHAKES = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted here; name the authority with ca= (`--ca`)",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS; leave out tls, ca and certificate",
+    "handshake failed": "the two could not agree on TLS",
+    "Socket closed": "it closed the connection; it may want TLS (ca=, `--ca`), or a certificate of its callers",
+}
+
+
 class Status(Protocol):
     """What the errors of grpc and grpc.aio have in common."""
 
@@ -123,7 +132,7 @@ def from_status(status: Status, url: str, timeout: float | None) -> LayercastErr
     code = status.code()
     text = status.details() or code.name
     if code is grpc.StatusCode.UNAVAILABLE and text.startswith(_UNREACHABLE):
-        text = f"no server answers at {url}; {START_HINT}"
+        text = _unreachable(text, url)
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and text == "Deadline Exceeded" and timeout is not None:
         text = f"no answer from {url} within {timeout:g} s; pass a longer timeout"
     elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "CLIENT: Received message larger" in text:
@@ -131,3 +140,10 @@ def from_status(status: Status, url: str, timeout: float | None) -> LayercastErr
     error = _BY_CODE.get(code, LayercastError)(text)
     error.code = code
     return error
+
+
+def _unreachable(text: str, url: str) -> str:
+    for found, reason in _HANDSHAKES.items():
+        if found in text:
+            return f"no call to {url} is possible: {reason}"
+    return f"no server answers at {url}; {START_HINT}"

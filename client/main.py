@@ -8,6 +8,7 @@ import difflib
 import importlib
 import importlib.metadata
 import os
+import re
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -73,7 +74,7 @@ def _run(arguments: list[str]) -> int:
         module = importlib.import_module(command.module)
         parser = argparse.ArgumentParser(prog=f"layercast {verb}", description=_description(module))
         module.add_arguments(parser)
-        code: int = module.run(parser.parse_args(rest))
+        code: int = module.run(_parse(parser, rest))
         sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
@@ -98,6 +99,17 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     if further and len(arguments) > 1 and not arguments[1].startswith("-"):
         return f"{verb} {arguments[1]}", arguments[2:]
     return verb, arguments[1:]
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse all of `arguments`; an unknown option is told with the nearest one."""
+    found, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options = re.findall(r"--[a-z][a-z-]*", parser.format_usage())
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return found
 
 
 def _without_verb(word: str) -> int:

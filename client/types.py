@@ -31,7 +31,7 @@ class ModelMetadata:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """One version in the server's repository. `reason` says why it is not READY."""
+    """One version in the server's repository. `reason` says why it is not READY, or has no layers to give."""
 
     name: str
     version: str

@@ -1,10 +1,9 @@
-"""Loads an artefact's module and golden values. Nothing here unpickles: weights are safetensors, code is named."""
+"""Loads an artefact's module and golden values. Weights are safetensors; code that is not ours needs trust."""
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import safetensors.torch
@@ -12,9 +11,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from layercast.models import registry
+from layercast.models import registry, state_dicts
 from layercast.models.card import Card
+from layercast.models.foreign import factory
+from layercast.models.foreign.factory import Code
+from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import WEIGHTS_FILE, Manifest
+from layercast.models.state_dicts import shared_names
+
+NO_TRUST: Final = Trust()
+"""Layercast's own architectures only."""
 
 
 class ArtefactError(ValueError):
@@ -29,13 +35,18 @@ class Golden:
     outputs: dict[str, np.ndarray[Any, Any]]
 
 
-def load_module(directory: Path | str, manifest: Manifest) -> nn.Module:
+def load_module(directory: Path | str, manifest: Manifest, trust: Trust = NO_TRUST) -> nn.Module:
     """Build the architecture of `manifest` and load the verified weights into it; on the CPU, in eval mode.
 
-    Loading is strict and keeps tied weights tied. ArtefactError names the keys that do not fit.
+    Code that is not layercast's own runs only if `trust` allows it. Loading is strict and keeps tied weights tied.
+    ArtefactError, FactoryError or StateError says what does not fit.
     """
     content = manifest.read_verified(directory, WEIGHTS_FILE)
-    module = build(manifest.architecture, manifest.arguments)
+    code = None
+    if manifest.code:
+        path = Path(directory) / manifest.code
+        code = Code(manifest.code, manifest.read_verified(directory, manifest.code), path)
+    module = build(manifest.architecture, manifest.arguments, trust, code)
     load_weights(module, content, Path(directory) / WEIGHTS_FILE)
     return module.eval()
 
@@ -53,21 +64,23 @@ def module_from_card(directory: Path | str) -> nn.Module:
     return module.eval()
 
 
-def build(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Construct a registered architecture, or `package.module:Class` of an installed package."""
-    if ":" not in architecture:
-        try:
-            return registry.build(architecture, **arguments)
-        except ValueError as error:
-            raise ArtefactError(str(error)) from error
-    name, _, attribute = architecture.partition(":")
+def build(
+    architecture: str, arguments: Mapping[str, Any], trust: Trust = NO_TRUST, code: Code | None = None
+) -> nn.Module:
+    """Construct a registered architecture, or one of another's that `trust` allows: `package.module:factory`, or
+    `net.py:Net` from `code`.
+    """
+    if ":" in architecture:
+        return factory.build(architecture, arguments, trust, code)
     try:
-        made = getattr(importlib.import_module(name), attribute)(**arguments)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ArtefactError(f"architecture {architecture}: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise ArtefactError(f"architecture {architecture}: want an nn.Module, got {type(made).__name__}")
-    return made
+        return registry.build(architecture, **arguments)
+    except ValueError as error:
+        raise ArtefactError(str(error)) from error
+
+
+def refusal(manifest: Manifest, trust: Trust) -> str:
+    """Return why the module of `manifest` may not be built, with the fix, or "" when it may."""
+    return trust.refusal(manifest.architecture, bool(manifest.code)) if ":" in manifest.architecture else ""
 
 
 def load_weights(module: nn.Module, content: bytes, source: Path | str) -> None:
@@ -79,38 +92,7 @@ def load_weights(module: nn.Module, content: bytes, source: Path | str) -> None:
         stored = safetensors.torch.load(content)
     except SafetensorError as error:
         raise ArtefactError(f"{source}: not a safetensors file: {error}") from error
-    wanted = module.state_dict()
-    unexpected = sorted(stored.keys() - wanted.keys())
-    missing = []
-    for names in shared_names(module):
-        known = [name for name in names if name in stored]
-        if not known:
-            missing.append(names[0])
-        for name in names:
-            stored.setdefault(name, stored[known[0]] if known else wanted[name])
-    if missing or unexpected:
-        raise ArtefactError(
-            f"{source}: the weights do not fit {type(module).__name__}: "
-            f"missing {_few(missing)}; not expected {_few(unexpected)}"
-        )
-    for name, tensor in wanted.items():
-        if stored[name].shape != tensor.shape:
-            raise ArtefactError(
-                f"{source}: {name}: {type(module).__name__} wants shape {list(tensor.shape)}, "
-                f"the file has {list(stored[name].shape)}"
-            )
-    module.load_state_dict(stored, strict=True)
-
-
-def shared_names(module: nn.Module) -> list[list[str]]:
-    """Return the keys of the module's state dict in groups that name one tensor."""
-    groups: dict[object, list[str]] = {}
-    for name, value in module.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise ArtefactError(f"{name}: only tensors can be kept in weights, got {type(value).__name__}")
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
-        groups.setdefault(place, []).append(name)
-    return list(groups.values())
+    state_dicts.load(module, stored, source)
 
 
 def save_weights(module: nn.Module, path: Path | str) -> None:
@@ -146,8 +128,3 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     tensor = tensor.detach().cpu()
     array: np.ndarray[Any, Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:5]) or "nothing"
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

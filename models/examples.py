@@ -22,8 +22,9 @@ _DEFAULT_LENGTH: Final = 10
 class Examples:
     """Makes inputs that fit `specs`, the same ones for the same `seed` and arguments.
 
-    Inputs without a range get floats within `default_range` and integers 0 and 1. Dynamic dimensions get `length`,
-    further ones of the same input one more each, so that an exporter does not take two of them for one.
+    Inputs without a range get floats within `default_range` and integers 0 and 1. A mask always keeps a row's
+    first token: what attention over nothing gives is nobody's contract. Dynamic dimensions get `length`, further ones
+    of the same input one more each, so that an exporter does not take two of them for one.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], seed: int = 0, default_range: Range = (-1.0, 1.0)) -> None:
@@ -59,11 +60,13 @@ class Examples:
         shape = _shape(spec, batch, length)
         low, high = spec.range or (self._default_range if dtype.is_floating_point else (0.0, 1.0))
         if kind != "random":
-            constant = {"zeros": min(max(0.0, low), high), "low": low, "high": high}[kind]
+            constant = 1.0 if spec.is_mask else {"zeros": min(max(0.0, low), high), "low": low, "high": high}[kind]
             return torch.full(shape, constant).to(dtype)
         if dtype.is_floating_point:
             return (low + (high - low) * torch.rand(shape, generator=generator)).to(dtype)
         values = torch.randint(int(low), int(high) + 1, shape, generator=generator).to(dtype)
+        if spec.is_mask:
+            values[:, 0] = 1
         return values if spec.pad is None else _padded(values, spec.pad, generator)
 
 

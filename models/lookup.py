@@ -1,21 +1,18 @@
 """Finds the model that a name on a command line stands for, and inputs to run it on."""
 
 import difflib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from layercast.models import artefact, registry, zoo
 from layercast.models.card import CARD_FILE, Card
 from layercast.models.examples import Examples
+from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import MANIFEST_FILE, Manifest
-
-_EXAMPLE = re.compile(r"^(?P<name>[A-Za-z_]\w*):(?P<dtype>\w+)\[(?P<sizes>\d+(?:,\d+)*)\]$")
 
 
 class RequestError(ValueError):
@@ -40,8 +37,8 @@ class Found:
         return self.examples.make(rows, self.examples.lengths()[-1])
 
 
-def find(name: str, arguments: Mapping[str, Any]) -> Found:
-    """Return the model called `name`, built on the CPU.
+def find(name: str, arguments: Mapping[str, Any], trust: Trust) -> Found:
+    """Return the model called `name`, built on the CPU. Code that an artefact names runs only if `trust` allows it.
 
     `name` is a model of the zoo, a registered architecture or `package.module:factory` (built with the constructor
     `arguments`), an artefact (a folder with a manifest) or a trained model (a folder with a card). RequestError for
@@ -54,23 +51,24 @@ def find(name: str, arguments: Mapping[str, Any]) -> Found:
         raise RequestError(f"{name} is built as its card or manifest says; arguments are for architectures")
     if trained:
         return _from_card(zoo.directory(name), f"{name} of the zoo")
-    return _from_folder(Path(name))
+    return _from_folder(Path(name), trust)
 
 
 def _built(name: str, arguments: Mapping[str, Any]) -> Found:
     try:
-        module = artefact.build(name, arguments).eval()
+        trust = Trust.of([name] if ":" in name else [])  # the person who names it means it to run
+        module = artefact.build(name, arguments, trust).eval()
     except ValueError as error:
         raise RequestError(str(error)) from error
     specs = registry.input_specs(module)
     return Found(module, f"{name}, untrained", Examples(specs) if specs else None)
 
 
-def _from_folder(folder: Path) -> Found:
+def _from_folder(folder: Path, trust: Trust) -> Found:
     if (folder / MANIFEST_FILE).is_file():
         manifest = Manifest.read(folder)
         described = f"artefact {manifest.name} {manifest.version}, {manifest.architecture}"
-        return Found(artefact.load_module(folder, manifest), described, Examples(manifest.inputs))
+        return Found(artefact.load_module(folder, manifest, trust), described, Examples(manifest.inputs))
     if (folder / CARD_FILE).is_file():
         return _from_card(folder, f"trained model {folder}")
     if folder.is_dir():
@@ -83,17 +81,3 @@ def _from_folder(folder: Path) -> Found:
 def _from_card(folder: Path, described: str) -> Found:
     card = Card.read(folder)
     return Found(artefact.module_from_card(folder), f"{described}, {card.architecture}", Examples.of(card))
-
-
-def example_inputs(texts: Sequence[str]) -> dict[str, Tensor]:
-    """Return zeros for each `NAME:DTYPE[SIZES]`, for instance `image:float32[2,3,224,224]`; RequestError otherwise."""
-    inputs: dict[str, Tensor] = {}
-    for text in texts:
-        found = _EXAMPLE.match(text.replace(" ", ""))
-        dtype = getattr(torch, found["dtype"], None) if found else None
-        if not found or not isinstance(dtype, torch.dtype):
-            raise RequestError(f"want NAME:DTYPE[SIZES], for instance image:float32[1,3,224,224], got {text!r}")
-        if found["name"] in inputs:
-            raise RequestError(f"input {found['name']} is given twice")
-        inputs[found["name"]] = torch.zeros([int(size) for size in found["sizes"].split(",")], dtype=dtype)
-    return inputs

@@ -9,7 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_FILE: Final = "manifest.json"
@@ -83,6 +92,11 @@ class TensorSpec(_Strict):
         """Return the dimensions besides the batch whose size a caller chooses."""
         return tuple(index for index, size in enumerate(self.shape) if index and size == -1)
 
+    @property
+    def is_mask(self) -> bool:
+        """Whether the values are zeros and ones, padded with zeros, that tell which tokens of a row count."""
+        return self.pad == 0 and self.range == (0, 1)
+
 
 class LayerSpec(_Strict):
     """One tensor that a module inside the model returns.
@@ -132,7 +146,11 @@ class Int8(_Strict):
 
 
 class Manifest(_Strict):
-    """Contents of `manifest.json`. Every file name in it is a plain name inside the artefact's directory."""
+    """Contents of `manifest.json`. Every file name in it is a plain name inside the artefact's directory.
+
+    `architecture` is a name of the registry, `package.module:factory` of an installed package, or, with the source
+    file in `code`, `net.py:factory`.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -140,6 +158,7 @@ class Manifest(_Strict):
     description: str = ""
     architecture: str = Field(min_length=1)
     arguments: dict[str, JsonValue] = {}
+    code: str = ""
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     preprocessing: dict[str, JsonValue] | None = None
@@ -155,6 +174,7 @@ class Manifest(_Strict):
     data: dict[str, JsonValue] = {}
     files: dict[str, FileEntry]
     tools: dict[str, str] = {}
+    _read: set[str] = PrivateAttr(default_factory=set)
 
     @field_validator("inputs", "outputs")
     @classmethod
@@ -173,7 +193,9 @@ class Manifest(_Strict):
         for name in self.files:
             if name in ("", ".", "..", MANIFEST_FILE) or any(mark in name for mark in "/\\\0:"):
                 raise ValueError(f"files: {name!r} is not a plain file name")
-        for name in (WEIGHTS_FILE, self.golden, *self.programs.values()):
+        if self.code and not self.architecture.startswith(f"{self.code}:"):
+            raise ValueError(f"architecture: want {self.code}:NAME for the code in {self.code}")
+        for name in (WEIGHTS_FILE, self.golden, *self.programs.values(), *filter(None, [self.code])):
             if name not in self.files:
                 raise ValueError(f"files: {name!r} is used but not listed")
         if ("onnx-int8" in self.programs) != (self.int8 is not None):
@@ -217,6 +239,11 @@ class Manifest(_Strict):
         for name in self.files:
             self.read_verified(directory, name)
 
+    def verify_rest(self, directory: Path | str) -> None:
+        """Verify the listed files that `read_verified` of this object has not read, so that none is hashed twice."""
+        for name in self.files.keys() - self._read:
+            self.read_verified(directory, name)
+
     def read_verified(self, directory: Path | str, name: str) -> bytes:
         """Return the bytes of a listed file after checking them, so that what is loaded is what was checked."""
         path = Path(directory) / name
@@ -232,6 +259,7 @@ class Manifest(_Strict):
         digest = hashlib.sha256(content).hexdigest()
         if digest != entry.sha256:
             raise ManifestError(f"{path}: sha256 {entry.sha256} in {MANIFEST_FILE}, {digest} in the file")
+        self._read.add(name)
         return content
 
 

@@ -127,10 +127,10 @@ install() { # our own package and its extras; torch stays what it is now, whatev
 }
 
 install_triton_client() { # apart from .venv: its dependencies (ml-dtypes, protobuf) are capped below ours
-    say "$triton_venv with the stock tritonclient beside our client"
+    say "$triton_venv with the stock tritonclient and a reflection client beside our own"
     "$venv/bin/python" -m venv --clear "$triton_venv"
     "$triton_venv/bin/python" -m pip --disable-pip-version-check install -qq \
-        -c constraints/tritonclient.txt 'tritonclient[grpc]' -e .
+        -c constraints/tritonclient.txt 'tritonclient[grpc,http]' grpc-requests -e .
 }
 
 case "$kind" in

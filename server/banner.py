@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from layercast.models.manifest import TensorSpec
 from layercast.server import environment
+from layercast.server.index import Version
 from layercast.server.model import ServedModel
-from layercast.server.repository import Version
 
 _SHORT = {"FP16": "f16", "BF16": "bf16", "FP32": "f32", "FP64": "f64", "INT8": "i8", "INT16": "i16", "INT32": "i32",
           "INT64": "i64", "UINT8": "u8", "UINT16": "u16", "UINT32": "u32", "UINT64": "u64", "BOOL": "bool"}  # fmt: skip

@@ -30,6 +30,23 @@ def versions() -> dict[str, str]:
     return {name: text for name, text in found.items() if text is not None}
 
 
+def protobuf_fault() -> str | None:
+    """Why this protobuf must not parse strangers' messages, or None.
+
+    The pure Python implementation follows nested messages and groups until the stack overflows (CVE-2025-4565 and
+    later ones of its kind); it is what protobuf falls back to, and what an environment variable can ask for.
+    """
+    from google.protobuf.internal import api_implementation
+
+    kind = api_implementation.Type()
+    if kind == "upb":
+        return None
+    return (
+        f"protobuf runs on its {kind!r} implementation, which hostile messages can bring down; want 'upb': "
+        "unset PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION, or install a protobuf wheel for this machine"
+    )
+
+
 def onnxruntime_clash() -> str | None:
     """What is wrong and how to mend it when both packages of ONNX Runtime are installed; None otherwise.
 

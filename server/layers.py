@@ -14,6 +14,7 @@ from layercast.server.work import Tap
 
 MAX_PATTERNS = 256
 MAX_PATTERN_LENGTH = 256
+MAX_REDUCERS = 4
 PREFIX = "layer:"
 """An output of this prefix names a layer, not an output of the model."""
 
@@ -54,6 +55,11 @@ def resolve(manifest: Manifest, patterns: Sequence[str], field: str) -> list[Ask
 
 
 def _taps(manifest: Manifest, pattern: str, field: str) -> list[Tap]:
+    if pattern.count("@") > MAX_REDUCERS:
+        raise InvalidArgument(
+            f"layer {quoted(pattern)}: {pattern.count('@')} reducers; at most {MAX_REDUCERS} may follow each other",
+            field=field,
+        )
     try:
         glob, reducer = split_tap(pattern)
         names = set(match_layers(glob, manifest.layers_by_path))
@@ -127,5 +133,5 @@ def check_size(
 
 def near(name: str, known: Sequence[str]) -> str:
     """Return a hint with the nearest known names, or with all of them when none is near."""
-    close = difflib.get_close_matches(name, known, n=3)
+    close = difflib.get_close_matches(name[:128], known, n=3)  # takes long for a long name
     return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known[:10])}"

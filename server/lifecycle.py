@@ -1,13 +1,15 @@
 """The life of a server: start, serve, drain, stop."""
 
 import asyncio
-import contextlib
+import gc
 import logging
 import os
 import signal
 import sys
 import time
+from collections.abc import Awaitable
 from pathlib import Path
+from typing import Final, NoReturn
 
 import torch
 
@@ -17,17 +19,26 @@ from layercast.server import banner, environment
 from layercast.server.errors import StartError
 from layercast.server.metrics import Metrics
 from layercast.server.repository import Repository
+from layercast.server.rest.routes import routes
+from layercast.server.service.administration import AdministrationService, SharedMemoryService
 from layercast.server.service.answering import Answering
+from layercast.server.service.control import ModelControl
 from layercast.server.service.features import FeatureService
 from layercast.server.service.inference import InferenceService
+from layercast.server.service.metadata import MetadataService
+from layercast.server.service.streaming import StreamService
 from layercast.server.settings import Settings
 from layercast.server.transport.grpcio import GrpcFrontEnd
 from layercast.server.transport.http import HttpFrontEnd
+from layercast.server.transport.security import Security
+from layercast.server.watch import Watcher
 from layercast.server.web.app import application, metrics_application
 
 logger = logging.getLogger(__name__)
 
 _SERVICES = ("", INFERENCE_SERVICE, FEATURES_SERVICE)
+_CLOSING_SECONDS: Final = 0.5
+"""What handlers have to send their last answers, and then models and ports to close."""
 
 
 class Server:
@@ -37,18 +48,31 @@ class Server:
         threads = environment.cpu_budget()
         torch.set_num_threads(threads)
         self._settings = settings
+        security = Security.read(settings)
         self.metrics = Metrics()
         self.metrics.build_info.info(environment.versions())
         self.repository = Repository(settings, self.metrics, threads)
         answering = Answering(self.repository, self.metrics, settings.max_message_bytes)
-        services: dict[str, object] = {
-            INFERENCE_SERVICE: InferenceService(self.repository, answering),
-            FEATURES_SERVICE: FeatureService(self.repository, answering),
+        inference = InferenceService(answering)
+        services = {
+            INFERENCE_SERVICE: (
+                MetadataService(self.repository),
+                ModelControl(self.repository, allowed=settings.model_control == "explicit"),
+                inference,
+                StreamService(inference, settings.max_message_bytes),
+                AdministrationService(self.repository),
+                SharedMemoryService(),
+            ),
+            FEATURES_SERVICE: (FeatureService(self.repository, answering),),
         }
-        self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection)
-        self._http = HttpFrontEnd(application(self.repository, self.metrics.registry), "HTTP", "--http-port")
-        self._metrics_http = HttpFrontEnd(metrics_application(self.metrics.registry), "metrics", "--metrics-port")
-        self._health_updates: set[asyncio.Task[None]] = set()
+        self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection, security)
+        rest = routes(services[INFERENCE_SERVICE], self.metrics, settings.max_message_bytes, security)
+        web = application(self.repository, self.metrics.registry, rest, security)
+        tls = security.certificates.context if security.certificates else None
+        self._http = HttpFrontEnd(web, "HTTP", "--http-port", tls)
+        scraped = metrics_application(self.metrics.registry, rest)
+        self._metrics_http = HttpFrontEnd(scraped, "metrics", "--metrics-port")
+        self._watching: asyncio.Task[None] | None = None
         self._stopped = False
         self.grpc_port = self.http_port = self.metrics_port = 0
 
@@ -58,34 +82,45 @@ class Server:
         self.grpc_port = self._grpc.bind(host, self._settings.grpc_port)
         self.http_port = self._http.bind(host, self._settings.http_port)
         self.metrics_port = self._metrics_http.bind(host, self._settings.metrics_port)
-        await self._grpc.set_health(_SERVICES, serving=False)
+        self._grpc.set_health(_SERVICES, serving=False)
         await self._grpc.start()
         await self._http.start()
         await self._metrics_http.start()
         self.repository.listen(self._model_changed)
-        await self.repository.load_all(await asyncio.to_thread(self._root))
-        if not any(version.model for version in self.repository.versions()):
-            reasons = "; ".join(f"{v.name} {v.number}: {v.reason}" for v in self.repository.versions())
+        root = await asyncio.to_thread(self._root)
+        await self.repository.load_all(root)
+        versions = self.repository.versions()
+        changes = self._settings.watch > 0 or self._settings.model_control == "explicit"
+        if not changes and not any(version.model for version in versions):
+            reasons = "; ".join(f"{v.name} {v.number}: {v.reason}" for v in versions)
             raise StartError(f"no model could be loaded: {reasons}")
-        await self._grpc.set_health(_SERVICES, serving=True)
+        self._grpc.set_health(_SERVICES, self.repository.ready)
+        if self._settings.watch:
+            self.watcher = Watcher(self.repository, root, self._settings.watch)
+            self._watching = asyncio.create_task(self.watcher.run())
 
-    async def shut_down(self) -> None:
+    async def shut_down(self) -> bool:
         """Say "not ready", answer what was admitted within the drain time, refuse what comes, close the ports.
 
-        A second call does nothing.
+        Returns whether everything admitted was answered. Takes the drain delay, the drain seconds and a moment for
+        the ports at most, whatever the models do. A second call does nothing.
         """
         if self._stopped:
-            return
+            return True
         self._stopped = True
-        until = time.monotonic() + self._settings.drain_seconds
-        await self._grpc.shut_health()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.drain_seconds):
-                await self.repository.drain()
-        await self._grpc.stop(max(0.5, until - time.monotonic()))
-        await self.repository.close()
-        await self._http.stop()
-        await self._metrics_http.stop()
+        if self._watching:
+            self._watching.cancel()
+        self.repository.stop()
+        self._grpc.shut_health()
+        await asyncio.sleep(self._settings.drain_delay_seconds)
+        until = asyncio.get_running_loop().time() + self._settings.drain_seconds
+        drained = await _ends(self.repository.drain(), until)
+        # Handlers send their answers, and are cut off, which callers see as Unavailable, when time is up.
+        await self._grpc.stop(max(_CLOSING_SECONDS, until - asyncio.get_running_loop().time()))
+        until = asyncio.get_running_loop().time() + _CLOSING_SECONDS
+        closing = (self.repository.close(), self._http.stop(), self._metrics_http.stop())
+        await asyncio.gather(*(_ends(step, until) for step in closing))
+        return drained
 
     def _root(self) -> Path:
         if self._settings.repository is not None:
@@ -96,19 +131,36 @@ class Server:
             raise StartError(f"{error} (--cache)") from error
 
     def _model_changed(self, name: str, ready: bool) -> None:
-        task = asyncio.create_task(self._grpc.set_health([f"model/{name}"], ready))
-        self._health_updates.add(task)
-        task.add_done_callback(self._health_updates.discard)
+        self._grpc.set_health([f"model/{name}"], ready)
+        self._grpc.set_health(_SERVICES, self.repository.ready)
 
 
-async def run(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM and return the exit code. A second signal ends the process at once."""
+async def _ends(work: Awaitable[None], until: float) -> bool:
+    """Await `work` until `until` on the loop's clock; tell whether it ended. If not, it is cancelled."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait([task], timeout=max(0, until - asyncio.get_running_loop().time()))
+    if not task.done():
+        task.cancel()
+        return False
+    if error := task.exception():
+        logger.error("a step of the shutdown failed", exc_info=error)
+    return error is None
+
+
+async def run(settings: Settings) -> NoReturn:
+    """Serve until SIGINT or SIGTERM and end the process: 0 when all was answered, 1 when the drain time ran out.
+
+    A second signal ends it at once, with 130. StartError when the server can't start.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _signalled, stop)
     began = time.perf_counter()
     _say(banner.versions_line())
+    # What imports made stays: a full collection would else look through all of it, 0.2 s in which nothing is answered.
+    gc.collect()
+    gc.freeze()
     server = Server(settings)
     starting = asyncio.create_task(server.start())
     stopping = asyncio.create_task(stop.wait())
@@ -116,21 +168,30 @@ async def run(settings: Settings) -> int:
     if not starting.done():
         # A load runs in a thread that can't be stopped; nothing has been promised to anyone yet.
         _say("stopped while starting")
-        sys.stdout.flush()
-        os._exit(0)
+        _end(0)
     await starting
     _say(banner.table(server.repository.versions()))
-    host = settings.host
+    host, scheme = settings.host, "https" if settings.tls_certificate else "http"
     _say(
         f"ready in {time.perf_counter() - began:.1f} s   gRPC {host}:{server.grpc_port}   "
-        f"http://{host}:{server.http_port}   metrics http://{host}:{server.metrics_port}/metrics"
+        f"{scheme}://{host}:{server.http_port}   metrics http://{host}:{server.metrics_port}/metrics"
     )
     _say(f"try:  layercast predict mnist --demo        stop: Ctrl-C (drains up to {settings.drain_seconds:g} s)")
     await stopping
     _say("stopping: answering what was admitted; press Ctrl-C again to stop now")
-    await server.shut_down()
-    _say("stopped")
-    return 0
+    if await server.shut_down():
+        _say("stopped")
+        _end(0)
+    _say(f"stopped: some requests were not answered within {settings.drain_seconds:g} s and were cut off")
+    _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process without waiting for threads, which may be in a forward or a load that never ends."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _signalled(stop: asyncio.Event) -> None:

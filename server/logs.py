@@ -4,6 +4,8 @@ import json
 import logging
 import time
 
+from layercast.server.text import printable
+
 
 class TextFormatter(logging.Formatter):
     """`time level logger: message`, then the traceback if there is one."""
@@ -13,8 +15,7 @@ class TextFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the standard library's name
         """Escape what a stranger may have put into the message, so that no line can be forged."""
-        line = super().formatMessage(record)
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        return printable(super().formatMessage(record))
 
 
 class JsonFormatter(logging.Formatter):

@@ -27,6 +27,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._of_models: list[Counter | Gauge | Histogram] = []
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -40,6 +41,14 @@ class Metrics:
             "layercast_model_info", "Always 1; joins a version to its facts", (*_MODEL, "engine", "device", "sha256")
         )
         self.load_duration = self._gauge("layercast_model_load_duration_seconds", "Time to load and check", _MODEL)
+        self.warmup_duration = self._gauge(
+            "layercast_model_warmup_duration_seconds", "One warm forward of one row, timed at the load", _MODEL
+        )
+        self.loads = self._counter(
+            "layercast_model_loads_total",
+            "Loads of a version that ended, by outcome: ok or failed",
+            (*_MODEL, "outcome"),
+        )
         self.memory = self._gauge("layercast_model_memory_bytes", "Parameters and buffers", (*_MODEL, "device"))
         self.build_info = Info("layercast_build", "Versions of the server and its libraries", registry=self.registry)
 
@@ -50,6 +59,14 @@ class Metrics:
             "layercast_batches_total", "Forward passes, by why the batch closed", (*_MODEL, "reason")
         )
         self.rejected = self._counter("layercast_rejected_total", "Requests refused or expired", (*_MODEL, "reason"))
+        self.expired = self._counter(
+            "layercast_expired_total", "Requests whose deadline passed, by where it found them", (*_MODEL, "when")
+        )
+        self.tokens = self._counter(
+            "layercast_batch_tokens_total",
+            "Positions of padded inputs in executed batches: sent by callers (real) or added to join them (padding)",
+            (*_MODEL, "kind"),
+        )
         self.cancelled = self._counter("layercast_cancelled_total", "Requests whose caller left", (*_MODEL, "when"))
         self.taps = self._counter("layercast_feature_taps_total", "Layers read by forward hooks", _MODEL)
         self.request_duration = self._histogram(
@@ -62,20 +79,45 @@ class Metrics:
         self.batch_rows = self._histogram("layercast_batch_rows", "Rows of an executed batch", _MODEL, ROW_BUCKETS)
         self.queue_rows = self._gauge("layercast_queue_rows", "Rows waiting now", _MODEL)
         self.queue_capacity = self._gauge("layercast_queue_capacity_rows", "Rows that may wait", _MODEL)
+        self.queue_bytes = self._gauge("layercast_queue_bytes", "Bytes of the inputs that wait now", _MODEL)
+        self.queue_capacity_bytes = self._gauge("layercast_queue_capacity_bytes", "Bytes that may wait", _MODEL)
         self.inflight = self._gauge("layercast_inflight_requests", "Requests being answered now", _MODEL)
 
     def _transport(self) -> None:
         self.rpc_started = self._counter("grpc_server_started_total", "RPCs started", _RPC)
         self.rpc_handled = self._counter("grpc_server_handled_total", "RPCs ended, by status", (*_RPC, "grpc_code"))
+        self.rpc_received = self._counter("grpc_server_msg_received_total", "Messages received", _RPC)
+        self.rpc_sent = self._counter("grpc_server_msg_sent_total", "Messages sent", _RPC)
         self.rpc_duration = self._histogram("grpc_server_handling_seconds", "Time from start to end of an RPC", _RPC)
+        self.http_requests = self._counter(
+            "layercast_http_requests_total", "REST requests ended, by the pattern of the path", ("route", "status")
+        )
+        self.http_duration = self._histogram(
+            "layercast_http_request_duration_seconds", "Time from the head of a REST request to its answer", ("route",)
+        )
+
+    def forget(self, model: str, version: int) -> None:
+        """Remove every series of a version that is in memory no more."""
+        for family in self._of_models:
+            family.remove_by_labels({"model": model, "version": str(version)})
 
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
-        return Counter(name.removesuffix("_total"), text, labels, registry=self.registry)
+        counter = Counter(name.removesuffix("_total"), text, labels, registry=self.registry)
+        self._note(counter, labels)
+        return counter
 
     def _gauge(self, name: str, text: str, labels: Sequence[str]) -> Gauge:
-        return Gauge(name, text, labels, registry=self.registry)
+        gauge = Gauge(name, text, labels, registry=self.registry)
+        self._note(gauge, labels)
+        return gauge
 
     def _histogram(
         self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float] = LATENCY_BUCKETS
     ) -> Histogram:
-        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+        histogram = Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+        self._note(histogram, labels)
+        return histogram
+
+    def _note(self, family: Counter | Gauge | Histogram, labels: Sequence[str]) -> None:
+        if set(_MODEL) <= set(labels):
+            self._of_models.append(family)

@@ -1,27 +1,64 @@
-"""A model version that answers: its manifest, its runner, its batcher, its counts."""
+"""A model version that answers: its manifest, its runners, its batcher, its counts."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from layercast.models.manifest import Manifest
-from layercast.server.batcher import Batcher, Limits
+import torch
+
+from layercast.models.manifest import WEIGHTS_FILE, Manifest
+from layercast.server.batching.batcher import Batcher
+from layercast.server.batching.policy import Limits
+from layercast.server.errors import InvalidArgument
 from layercast.server.monitor import ModelMonitor
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
-from layercast.server.work import Answer, Array, Tap, Work
+from layercast.server.work import Answer, Array, Tap, Terms, Work
 
 _SHORTEST_BUCKET = 16
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A version that was loaded, checked and warmed up; `warmup_ms` is one warm forward of one row."""
+    """A version that was loaded, checked and warmed up.
+
+    `runners` are its instances, which share nothing; each computes with `threads` threads. `warmup_ms` is one warm
+    forward of one row, `note` what an operator should know of a version that answers.
+    """
 
     manifest: Manifest
     settings: ModelSettings
-    runner: Runner
+    runners: tuple[Runner, ...]
+    threads: int
     load_seconds: float
     warmup_ms: float
+    note: str = ""
+
+    @property
+    def runner(self) -> Runner:
+        """The first instance; the others are its like."""
+        return self.runners[0]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the parameters and buffers of every instance."""
+        weights = self.manifest.files[WEIGHTS_FILE].bytes
+        return sum(runner.eager.memory_bytes if runner.eager else weights for runner in self.runners)
+
+    @property
+    def limits(self) -> Limits:
+        """What the settings mean to the batcher."""
+        settings = self.settings
+        return Limits(
+            max_batch=settings.max_batch,
+            # Rows that never share a forward have nobody to wait for.
+            max_delay=settings.max_delay_ms / 1000 if settings.batching else 0.0,
+            queue_rows=settings.queue_rows,
+            queue_bytes=settings.queue_bytes,
+            preferred=settings.preferred_batch,
+            queue_timeout=settings.queue_timeout_ms / 1000 or None,
+            priorities=settings.priorities,
+        )
 
 
 class ServedModel:
@@ -32,23 +69,37 @@ class ServedModel:
         self.manifest = loaded.manifest
         self.monitor = monitor
         self._dynamic_outputs = any(spec.dynamic_dimensions() for spec in loaded.manifest.outputs)
-        settings = loaded.settings
-        limits = Limits(settings.max_batch, settings.max_delay_ms / 1000, settings.queue_rows)
-        self.batcher = Batcher(self.manifest.name, loaded.runner, limits, monitor)
+        self._padded = next((spec.name for spec in loaded.manifest.inputs if spec.pad is not None), None)
+        # Each thread has its own number of threads in torch.
+        prepare = partial(torch.set_num_threads, loaded.threads)
+        self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)
 
     async def run(
-        self, inputs: Mapping[str, Array], rows: int, taps: tuple[Tap, ...], predict: bool, deadline: float | None
+        self, inputs: Mapping[str, Array], rows: int, taps: tuple[Tap, ...], predict: bool, terms: Terms
     ) -> list[Answer]:
-        """Run `rows` rows and return the answers in order: one, or one a part where they exceed the largest batch."""
-        most = self.batcher.limits.max_batch
-        future = self.batcher.future
+        """Run `rows` rows and return the answers in order: one, or one a part where they exceed the largest batch.
+
+        Raises InvalidArgument for such a request where the model's settings say to refuse it, and what
+        `Batcher.submit` raises.
+        """
+        most = self.loaded.settings.max_batch
+        if rows > most and self.loaded.settings.oversized == "refuse":
+            self.monitor.rejected("too_large")
+            raise InvalidArgument(
+                f"the request has {rows} rows, model {self.manifest.name!r} takes at most {most} at once; "
+                f"send them in several requests"
+            )
+        works = [self._work(part, count, taps, predict) for part, count in _parts(inputs, rows, most)]
+        return await self.batcher.submit(works, terms)
+
+    def _work(self, inputs: Mapping[str, Array], rows: int, taps: tuple[Tap, ...], predict: bool) -> Work:
         # Padding that comes from a neighbour would change the shape of a layer's values, and some reducers' results.
         exact = bool(taps) or self._dynamic_outputs
-        works = [
-            Work(part, count, self._key(part, exact), future(), taps, predict, deadline)
-            for part, count in _parts(inputs, rows, most)
-        ]
-        return await self.batcher.submit(works, deadline)
+        # Without batching every work is a group of its own.
+        key = self._key(inputs, exact) if self.loaded.settings.batching else object()
+        length = inputs[self._padded].shape[1] if self._padded else 0
+        size = sum(map(_bytes, inputs.values()))
+        return Work(inputs, rows, key, self.batcher.future(), size, length, taps, predict)
 
     def _key(self, inputs: Mapping[str, Array], exact: bool) -> Hashable:
         """Return what must be equal for rows to share a forward; token counts only roughly, unless `exact`.
@@ -67,6 +118,10 @@ def _parts(inputs: Mapping[str, Array], rows: int, most: int) -> Sequence[tuple[
         return [(inputs, rows)]
     starts = range(0, rows, most)
     return [({name: a[at : at + most] for name, a in inputs.items()}, min(most, rows - at)) for at in starts]
+
+
+def _bytes(array: Array) -> int:
+    return sum(map(len, array.flat)) if array.dtype.kind == "O" else array.nbytes
 
 
 def _bucket(length: int) -> int:

@@ -5,13 +5,17 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from layercast.server.batcher import Reason
+from layercast.server.batching.policy import Execution, Limits, Phase, Reason, Rejection
+from layercast.server.errors import ServingError
 from layercast.server.metrics import Metrics
 
 Kind = Literal["predict", "features"]
 _KINDS: Final[tuple[Kind, ...]] = ("predict", "features")
-_REASONS: Final[tuple[Reason, ...]] = ("full", "timeout", "idle", "drain")
-_REJECTIONS: Final = ("queue_full", "too_large", "deadline", "draining")
+_REASONS: Final[tuple[Reason, ...]] = ("full", "preferred", "timeout", "idle", "drain")
+_REJECTIONS: Final[tuple[Rejection, ...]] = ("queue_full", "too_large", "queue_timeout", "draining")
+_PHASES: Final[tuple[Phase, ...]] = ("queued", "running")
+# Every status that a request can end with; a series exists for each from the load of a model.
+_CODES: Final = sorted({"OK", "CANCELLED", *(error.code.name for error in ServingError.__subclasses__())})
 
 
 @dataclass
@@ -57,49 +61,63 @@ class Spent:
 class ModelMonitor:
     """Counts for one model version. Prometheus children are looked up once: `labels()` costs more than counting."""
 
-    def __init__(self, metrics: Metrics, model: str, version: str, device: str, capacity: int) -> None:
+    def __init__(self, metrics: Metrics, model: str, version: str, device: str, limits: Limits) -> None:
         self.statistics = Statistics()
-        self._metrics = metrics
-        self._labels = (model, version)
-        own = self._labels
+        own = (model, version)
         self._rows = metrics.rows.labels(*own)
         self._taps = metrics.taps.labels(*own)
         self._queue_rows = metrics.queue_rows.labels(*own)
+        self._queue_bytes = metrics.queue_bytes.labels(*own)
         self._queue_duration = metrics.queue_duration.labels(*own)
         self._compute_duration = metrics.compute_duration.labels(*own, device)
         self._batch_rows = metrics.batch_rows.labels(*own)
         self._request_duration = {kind: metrics.request_duration.labels(*own, kind) for kind in _KINDS}
-        self._ok = {kind: metrics.requests.labels(*own, kind, "OK") for kind in _KINDS}
+        self._ended = {(kind, code): metrics.requests.labels(*own, kind, code) for kind in _KINDS for code in _CODES}
         self._batches = {reason: metrics.batches.labels(*own, reason) for reason in _REASONS}
         self._rejected = {reason: metrics.rejected.labels(*own, reason) for reason in _REJECTIONS}
-        self._cancelled = {when: metrics.cancelled.labels(*own, when) for when in ("queued", "running")}
+        # Told apart by phase in a family of its own; here, beside the other ways to go without an answer, it is one.
+        self._deadline = metrics.rejected.labels(*own, "deadline")
+        self._expired = {when: metrics.expired.labels(*own, when) for when in _PHASES}
+        self._cancelled = {when: metrics.cancelled.labels(*own, when) for when in _PHASES}
+        self._tokens = metrics.tokens.labels(*own, "real")
+        self._padding = metrics.tokens.labels(*own, "padding")
         self.inflight = metrics.inflight.labels(*own)
-        metrics.queue_capacity.labels(*own).set(capacity)
+        metrics.queue_capacity.labels(*own).set(limits.queue_rows)
+        metrics.queue_capacity_bytes.labels(*own).set(limits.queue_bytes)
 
-    def queued(self, rows: int) -> None:
-        """So many rows wait now."""
+    def queued(self, rows: int, size: int) -> None:
+        """So many rows, of so many bytes, wait now."""
         self._queue_rows.set(rows)
+        self._queue_bytes.set(size)
 
     def waited(self, seconds: float) -> None:
         """A work left the queue to be run, after so long."""
         self._queue_duration.observe(seconds)
 
-    def executed(self, rows: int, reason: Reason, compute_ns: int) -> None:
-        """One forward ran."""
+    def executed(self, execution: Execution) -> None:
+        """One forward ran and gave what it should."""
+        rows, compute_ns = execution.rows, execution.compute_ns
         self._rows.inc(rows)
-        self._batches[reason].inc()
+        self._batches[execution.reason].inc()
         self._batch_rows.observe(rows)
         self._compute_duration.observe(compute_ns / 1e9)
+        self._tokens.inc(execution.tokens)
+        self._padding.inc(execution.padding)
         self.statistics.inferences += rows
         self.statistics.executions += 1
         self.statistics.batches[rows].add(compute_ns)
         self.statistics.last_inference_ms = time.time_ns() // 1_000_000
 
-    def rejected(self, reason: Literal["queue_full", "too_large", "deadline", "draining"]) -> None:
-        """A request was refused, or its deadline passed before it ran."""
+    def rejected(self, reason: Rejection) -> None:
+        """A request was refused."""
         self._rejected[reason].inc()
 
-    def cancelled(self, when: Literal["queued", "running"]) -> None:
+    def expired(self, when: Phase) -> None:
+        """A request's deadline passed before its answer."""
+        self._deadline.inc()
+        self._expired[when].inc()
+
+    def cancelled(self, when: Phase) -> None:
         """A caller went away."""
         self._cancelled[when].inc()
 
@@ -109,7 +127,7 @@ class ModelMonitor:
 
     def succeeded(self, kind: Kind, spent: Spent) -> None:
         """A request was answered."""
-        self._ok[kind].inc()
+        self._ended[kind, "OK"].inc()
         self._request_duration[kind].observe(spent.total / 1e9)
         statistics = self.statistics
         statistics.success.add(spent.total)
@@ -120,6 +138,6 @@ class ModelMonitor:
 
     def failed(self, kind: Kind, code: str, total_ns: int) -> None:
         """A request ended with an error."""
-        self._metrics.requests.labels(*self._labels, kind, code).inc()
+        self._ended[kind, code].inc()
         self._request_duration[kind].observe(total_ns / 1e9)
         self.statistics.fail.add(total_ns)

@@ -12,9 +12,14 @@ from layercast.server.work import Array, Rows, Tap, Work
 
 
 class Runner:
-    """Runs works that share a key. `fast` serves plain predictions; `eager` any batch in which a row taps a layer."""
+    """One instance of a model: runs works that share a key, in one thread.
 
-    def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine) -> None:
+    `fast` serves plain predictions; `eager` any batch in which a row taps a layer.
+
+    Without `eager`, no layer of the manifest may be available.
+    """
+
+    def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine | None) -> None:
         self._manifest = manifest
         self.fast = fast
         self.eager = eager
@@ -25,6 +30,8 @@ class Runner:
         rows = sum(work.rows for work in works)
         taps = list(dict.fromkeys(tap for work in works for tap in work.taps))
         if taps:
+            if self.eager is None:
+                raise ModelFailed("a layer was asked of a model without its module. This is a bug.")
             outputs, features = self.eager.tapped(inputs, taps, predict=any(work.predict for work in works))
         else:
             outputs, features = self.fast.run(inputs), {}

@@ -1,7 +1,7 @@
-"""What travels from the service to the batcher and back: rows to run, and each request's own answer."""
+"""What travels from the service to the batcher and back: rows to run, on what terms, and each request's own answer."""
 
 import asyncio
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,20 +35,46 @@ class Answer(Rows):
     batch_rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms a request waits for its rows to run.
+
+    `deadline` is the caller's, in seconds on the event loop's clock. `timeout` is how many seconds the request lets
+    itself wait in the queue; it may shorten the model's own limit, not extend it. `priority` is 1 for the highest
+    level; 0, or a level that the model does not have, is the model's default. `peer` is who asks: peers share a model
+    evenly.
+    """
+
+    deadline: float | None = None
+    timeout: float | None = None
+    priority: int = 0
+    peer: str = ""
+
+
 @dataclass(slots=True, eq=False)
 class Work:
-    """Rows of one request. `key` says which works may share a forward; times are on the event loop's clock."""
+    """Rows of one request. `key` says which works may share a forward.
+
+    `bytes` is the size of the inputs, `length` the size of the dimension that is padded when lengths differ (0 where
+    there is none). What follows `predict` is the batcher's: `parts` are the works of the same request, itself
+    included; times are nanoseconds on `time.perf_counter_ns`'s clock.
+    """
 
     inputs: Mapping[str, Array]
     rows: int
     key: Hashable
     future: "asyncio.Future[Answer]"
+    bytes: int = 0
+    length: int = 0
     taps: tuple[Tap, ...] = ()
     predict: bool = True
-    deadline: float | None = None
-    arrived: float = 0.0
-    started: float = 0.0
+    parts: "Sequence[Work]" = ()
+    peer: str = ""
+    priority: int = 1
+    expires: int | None = None
+    arrived: int = 0
+    started: int = 0
 
-    def alive(self, now: float) -> bool:
+    def alive(self, now: int) -> bool:
         """Tell whether somebody still waits for the answer."""
-        return not self.future.done() and (self.deadline is None or now < self.deadline)
+        return not self.future.done() and (self.expires is None or now < self.expires)

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,12 @@ class Running:
     def call(self, name: str, request: Any, timeout: float = 30.0) -> Any:
         """Call the RPC `name` and return its answer."""
         return self.rpc(name)(request, timeout=timeout)
+
+    def stream(self, requests: Iterable[Any], timeout: float = 30.0, metadata: Any = ()) -> Any:
+        """Open ModelStreamInfer with `requests`; an iterator of its answers, and the call."""
+        method = INFERENCE["ModelStreamInfer"]
+        stub = self.channel.stream_stream(method.path, method.request.SerializeToString, method.response.FromString)
+        return stub(iter(requests), timeout=timeout, metadata=metadata)
 
     def on_loop(self, function: Callable[[], T]) -> T:
         """Run `function` on the server's event loop, where its state may be touched, and return what it returns."""

@@ -1,5 +1,7 @@
 """Requests and responses to arrays and back. The other side of each exchange is written by hand."""
 
+import threading
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -215,6 +217,32 @@ def test_typed_outputs_are_checked_like_raw_ones() -> None:
     for is_wanted_typed in (True, False):
         with pytest.raises(CodecError, match="got float64"):
             fill_outputs(ModelInferResponse(), [("y", "FP32", np.zeros(1))], is_wanted_typed)
+
+
+def test_large_lists_let_other_threads_in_between() -> None:
+    """One call of numpy's or protobuf's for all elements would keep the server's loop waiting until it returns."""
+    request = request_of({"datatype": "INT32", "shape": [3_000_000], "contents": InferTensorContents()})
+    request.inputs[0].contents.int_contents.extend(range(3_000_000))
+    for work in (
+        lambda: decode_inputs(request),
+        lambda: fill_outputs(ModelInferResponse(), [("y", "INT32", np.arange(3_000_000, dtype="i4"))], True),
+    ):
+        moments: list[float] = []
+        over = threading.Event()
+
+        def other(moments=moments, over=over) -> None:
+            while not over.wait(0.001):
+                moments.append(time.perf_counter())
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        began = time.perf_counter()
+        work()
+        ended = time.perf_counter()
+        over.set()
+        thread.join()
+        within = [began, *(moment for moment in moments if began < moment < ended), ended]
+        assert max(np.diff(within)) < (ended - began) / 3
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

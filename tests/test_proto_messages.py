@@ -94,7 +94,7 @@ FIELDS = {
     "layercast.v1.ExtractRequest": "model_name=1:string model_version=2:string id=3:string inputs=4:NamedTensor*"
     " layers=5:string* outputs=6:string*",
     "layercast.v1.ExtractResponse": "model_name=1:string model_version=2:string id=3:string layers=4:NamedTensor*"
-    " outputs=5:NamedTensor* timing=6:Timing",
+    " outputs=5:NamedTensor* timing=6:Timing warning=7:string",
     "layercast.v1.Timing": "queue_ns=1:int64 compute_ns=2:int64 batch_rows=3:int64",
 }
 

@@ -42,6 +42,12 @@ def arrays(tensors) -> dict[str, np.ndarray]:
     return {t.name: np.frombuffer(t.data, EXTRACTED[t.datatype]).reshape(t.shape) for t in tensors}
 
 
+def test_values_outside_the_trained_range_are_answered_with_a_warning(served):
+    x = rows_for("mnist", 2)
+    assert extract(served, "mnist", x, ["net.0"]).warning == ""
+    assert "'image': want values from 0 to 1, got" in extract(served, "mnist", x * 255, ["net.0"]).warning
+
+
 @pytest.mark.parametrize("model", sorted(INPUTS))
 def test_every_layer_equals_an_offline_hook(served, modules, model):
     x = rows_for(model, 3)

@@ -48,9 +48,16 @@ class Process:
         return output
 
 
+RUN = "import sys; from layercast.client.main import main; sys.exit(main(sys.argv[1:]))"
+
+
 @contextmanager
-def serving(repository: Path, *options: str) -> Iterator[Process]:
-    command = [sys.executable, "-m", "layercast.server", "serve", "--repository", str(repository), *options]
+def serving(repository: Path | None, *options: str, patch: str = "") -> Iterator[Process]:
+    """Run the server; `patch` is Python that is run before, to make a model or a load slow."""
+    program = ["-c", patch + RUN] if patch else ["-m", "layercast.server"]
+    command = [sys.executable, *program, "serve", *options]
+    if repository:
+        command += ["--repository", str(repository)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LAYERCAST_")}
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     watchdog = threading.Timer(120, popen.kill)
@@ -142,10 +149,9 @@ def test_a_second_server_on_the_ports_of_a_running_one_is_refused_and_the_first_
         )
 
 
-def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "layercast.server", *arguments], capture_output=True, text=True, timeout=60
-    )
+def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "layercast.server", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
 
 
 def test_wrong_options_are_told_and_exit_with_two_or_one():
@@ -157,6 +163,13 @@ def test_wrong_options_are_told_and_exit_with_two_or_one():
     missing = run("serve", "--repository", "/nonexistent", *FREE)
     assert missing.returncode == 1
     assert "is not a folder" in missing.stderr
+
+
+def test_a_protobuf_that_hostile_messages_can_bring_down_stops_the_start(repository):
+    refused = run("serve", "--repository", str(repository), *FREE, PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION="python")
+    assert refused.returncode == 1
+    assert "protobuf runs on its 'python' implementation" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_help_lists_every_setting_and_loads_no_torch():

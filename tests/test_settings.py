@@ -1,9 +1,12 @@
 """Settings: their order of precedence, and what a wrong one says."""
 
+import argparse
 from pathlib import Path
 
 import pytest
 
+from layercast.client.main import main
+from layercast.server.commands.serve import add_arguments
 from layercast.server.errors import StartError
 from layercast.server.settings import default_cache, read
 
@@ -85,3 +88,89 @@ def test_the_cache_follows_the_desktop_convention(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert default_cache() == Path("/home/someone/.cache/layercast")
+
+
+def test_a_list_is_given_with_commas_or_as_a_list(tmp_path, monkeypatch):
+    assert read({"preferred_batch": "4,8"}).preferred_batch == (4, 8)
+    monkeypatch.setenv("LAYERCAST_PREFERRED_BATCH", "2, 6")
+    assert read({}).preferred_batch == (2, 6)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "layercast.toml").write_text("preferred_batch = [3]\n")
+    assert read({}).for_model(tmp_path / "m").preferred_batch == (3,)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preferred_batch": "4,x"}, "preferred_batch.1: .*integer.*'x'"),
+        ({"preferred_batch": "0"}, "preferred_batch.0: .*1.*'0'"),
+        ({"preferred_batch": "4,65", "max_batch": 64}, "^preferred_batch must not exceed max_batch, 64$"),
+        ({"preferred_batch": "4", "batching": False}, "preferred_batch means nothing with batching = false"),
+        ({"oversized": "cut"}, "oversized: .*'split'.*cut"),
+        ({"priorities": 0}, "priorities"),
+        ({"instances": 0}, "instances"),
+        ({"queue_bytes": 0}, "queue_bytes"),
+        ({"queue_timeout_ms": -1}, "queue_timeout_ms"),
+    ],
+)
+def test_a_wrong_knob_of_the_batcher_is_named(given, message):
+    with pytest.raises(StartError, match=message):
+        read(given)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("LAYERCAST_MAX_BACTH", "3", "LAYERCAST_MAX_BACTH is no setting; did you mean LAYERCAST_MAX_BATCH"),
+        ("LAYERCAST_MAX_BATCH", "many", "environment variable LAYERCAST_MAX_BATCH: max_batch: .*'many'"),
+        ("LAYERCAST_MODEL_CONTROL", "on", "LAYERCAST_MODEL_CONTROL: model_control: .*'explicit'.*'on'"),
+    ],
+)
+def test_a_wrong_variable_is_named(monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(StartError, match=message):
+        read({})
+
+
+def test_variables_of_others_stop_nothing(monkeypatch):
+    """Kubernetes sets these beside a service called layercast, and one called layercast-page."""
+    for name, value in {
+        "LAYERCAST_SERVICE_HOST": "10.0.0.1",
+        "LAYERCAST_SERVICE_PORT_GRPC": "8001",
+        "LAYERCAST_PORT": "tcp://10.0.0.1:8001",
+        "LAYERCAST_PORT_8001_TCP_ADDR": "10.0.0.1",
+        "LAYERCAST_PAGE_SERVICE_HOST": "10.0.0.2",
+        "LAYERCAST_DATA": "/data",
+        "LAYERCAST_URL": "localhost:8001",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert read({}).grpc_port == 8001
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"max_batch = "])
+def test_a_file_that_can_not_be_read_is_named(content):
+    Path("layercast.toml").write_bytes(content)
+    with pytest.raises(StartError, match=r"^layercast\.toml: "):
+        read({})
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"max_batch = ", b"max_batch = 0\n", b"versions = [1]\n"])
+def test_a_models_own_file_that_is_wrong_is_named_without_its_folder(tmp_path, content):
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "layercast.toml").write_bytes(content)
+    with pytest.raises(StartError, match=r"^mnist/layercast\.toml: ") as raised:
+        read({}).for_model(tmp_path / "mnist")
+    assert str(tmp_path) not in str(raised.value)
+
+
+def test_an_unknown_option_is_told_with_the_nearest(capsys):
+    assert main(["serve", "--max-bacth", "3"]) == 2
+    assert "unrecognized arguments: --max-bacth 3; did you mean --max-batch?" in capsys.readouterr().err
+
+
+def test_watch_may_be_given_without_a_value():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert read(vars(parser.parse_args(["--watch"]))).watch == 1
+    assert read(vars(parser.parse_args(["--watch", "0.5"]))).watch == 0.5
+    assert read(vars(parser.parse_args([]))).watch == 0

@@ -142,7 +142,7 @@ def test_development_adds_tools_and_the_triton_client(with_local_wheel: Checkout
     package, triton = with_local_wheel.asked()
     assert package.endswith("-e .[server,export,dev]")
     assert triton.startswith(".venv-tritonclient/bin/python")
-    assert triton.endswith("-c constraints/tritonclient.txt tritonclient[grpc] -e .")
+    assert triton.endswith("-c constraints/tritonclient.txt tritonclient[grpc,http] grpc-requests -e .")
     for kind in ("serve", "dev"):
         assert "already set up" in with_local_wheel.setup(kind).stdout
 

@@ -171,11 +171,12 @@ def complaint(capsys: Capture, code: int, *arguments: str) -> str:
         (["mlp", "--arguments", '{"dropout": 0.5}'], "mlp is built as its card or manifest says"),
         (["mlp", "--depth", "-1"], "want a whole number from 0, got '-1'"),
         (["torch.nn:ReLU"], "torch.nn:ReLU, untrained doesn't say what it takes; say it with --example"),
-        (["torch.nn:Relu", "--example", "x:float32[1]"], "architecture torch.nn:Relu: "),
-        (["no.such:Net"], "No module named 'no'"),
-        (["mlp", "--example", "x:float33[1]"], "want NAME:DTYPE[SIZES], for instance image:float32[1,3,224,224], got 'x"),
+        (["torch.nn:Relu", "--example", "x:float32[1]"], "torch.nn:Relu: there is no 'Relu' in it"),
+        (["no.such:Net"], "there is no module 'no' here"),
+        (["mlp", "--example", "x:float33[1]"], "no datatype 'float33'; nearest: float32"),
+        (["mlp", "--example", "x:float32[2,T]"], "want a number for every size"),
         (["mlp", "--example", "float32[1]"], "want NAME:DTYPE[SIZES]"),
-        (["mlp", "--example", "x:float32[1,2]", "--example", "x:float32[1,2]"], "input x is given twice"),
+        (["mlp", "--example", "x:float32[1,2]", "--example", "x:float32[1,2]"], "input x is described twice"),
     ],
 )  # fmt: skip
 def test_wrong_names_and_arguments_exit_with_2(capsys: Capture, arguments: list[str], message: str):

@@ -1,4 +1,4 @@
-"""The stock tritonclient, unmodified, in its own environment, against a real server."""
+"""Stock clients, unmodified, in their own environment, against a real server: tritonclient, and one by reflection."""
 
 import gzip
 import json
@@ -16,11 +16,12 @@ from layercast.models.artefact import module_from_card
 from layercast.models.export.writer import export_artefact
 
 SCRIPT = Path(__file__).parent / "tritonclient_script.py"
+REFLECTION_SCRIPT = Path(__file__).parent / "reflection_script.py"
 
 
-def run(python: str, *arguments: str, timeout: float = 240) -> str:
+def run(python: str, *arguments: str, script: Path = SCRIPT, timeout: float = 240) -> str:
     done = subprocess.run(
-        [python, "-W", "ignore", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=timeout
+        [python, "-W", "ignore", str(script), *arguments], capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -28,6 +29,14 @@ def run(python: str, *arguments: str, timeout: float = 240) -> str:
 
 def test_every_call_of_the_stock_client_works(served, stock_python):
     assert "every call works" in run(stock_python, "calls", served.url)
+
+
+def test_its_streams_work(served, stock_python):
+    assert "streams work" in run(stock_python, "stream", served.url)
+
+
+def test_a_client_without_proto_files_calls_everything_by_reflection(served, stock_python):
+    assert "reflection works" in run(stock_python, served.url, script=REFLECTION_SCRIPT)
 
 
 def test_its_answers_equal_an_offline_forward(served, modules, stock_python, tmp_path):

@@ -17,13 +17,20 @@ SAMPLES = Path(__file__).parent.parent / "samples"
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--url`, `--timeout` and `--json`."""
+    """`--url`, `--timeout`, `--json`, and what a server that is not open to everyone wants."""
     url = os.environ.get("LAYERCAST_URL", DEFAULT_URL)
     parser.add_argument("--url", default=url, metavar="HOST:PORT", help="the server (LAYERCAST_URL; %(default)s)")
     parser.add_argument(
         "--timeout", type=_seconds, default=DEFAULT_TIMEOUT, metavar="SECONDS", help="give up after (%(default)g)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--tls", action="store_true", help="encrypt; the server's certificate must be trusted here")
+    parser.add_argument("--ca", metavar="FILE", help="encrypt; trust the authority in this PEM file")
+    parser.add_argument("--certificate", metavar="FILE", help="PEM file that shows who calls (with --key)")
+    parser.add_argument("--key", metavar="FILE", help="PEM file with the key of --certificate")
+    parser.add_argument(
+        "--token-file", metavar="FILE", help="file with the token to send (else the variable LAYERCAST_TOKEN)"
+    )
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +49,16 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 def connect(arguments: argparse.Namespace) -> Client:
     """A client for the server that the arguments name."""
     try:
-        return Client(arguments.url, timeout=arguments.timeout)
+        token = Path(arguments.token_file).read_text("utf-8").strip() if arguments.token_file else None
+        return Client(
+            arguments.url,
+            timeout=arguments.timeout,
+            tls=arguments.tls,
+            ca=arguments.ca,
+            certificate=arguments.certificate,
+            key=arguments.key,
+            token=token,
+        )
     except ValueError as error:
         raise InputError(str(error)) from error
 

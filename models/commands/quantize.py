@@ -1,13 +1,13 @@
 """The options `--quantize int8`, `--data` and `--calibration` of `layercast export`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from layercast.models.manifest import Int8
+from layercast.models.manifest import Int8, TensorSpec
 
 if TYPE_CHECKING:
-    from layercast.models.card import Card
     from layercast.models.export.calibration import Calibration
 
 _CALIBRATION_ROWS: Final = 256
@@ -38,26 +38,26 @@ def fault(args: argparse.Namespace) -> str:
     return "--data and --calibration go with --quantize int8" if given and not args.quantize else ""
 
 
-def calibration_of(args: argparse.Namespace, card: "Card") -> "Calibration | None":
-    """Return the rows that the options name for the model of `card`; ValueError when they cannot be had or used."""
+def calibration_of(args: argparse.Namespace, inputs: Sequence[TensorSpec], name: str) -> "Calibration | None":
+    """Return the rows that the options name for the model `name`; ValueError when they cannot be had or used."""
     if not args.quantize:
         return None
     from layercast.models.export.calibration import Calibration
 
     if args.calibration is not None:
-        return Calibration.from_npz(args.calibration, card.inputs)
+        return Calibration.from_npz(args.calibration, inputs)
     import torch
 
     from layercast.models.training.recipes import recipe as find_recipe
 
-    recipe = find_recipe(card.name)
+    recipe = find_recipe(name)
     data = recipe.load_data(args.data)
 
     def pick(rows: torch.Tensor, count: int) -> torch.Tensor:
         return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
     def prepared(rows: torch.Tensor, count: int) -> dict[str, "torch.Tensor"]:
-        return {card.inputs[0].name: recipe.prepare(pick(rows, count)).contiguous()}
+        return {inputs[0].name: recipe.prepare(pick(rows, count)).contiguous()}
 
     calibrate, held_out = prepared(data.train_inputs, _CALIBRATION_ROWS), prepared(data.test_inputs, _MEASURED_ROWS)
     return Calibration(

@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: one row as the model says, the longest it takes)",
     )
     parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="whose Python code may run because an artefact names it: a package, package:factory or artefact-code",
+    )
+    parser.add_argument(
         "--depth",
         type=_depth,
         metavar="N",
@@ -50,12 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the summary; exit code 2 for a wrong name or arguments, 1 for wrong files or inputs it can't take."""
     from layercast.models import lookup
+    from layercast.models.foreign.inputs import InputFault, concrete_inputs
+    from layercast.models.foreign.trust import Trust
     from layercast.models.summary import render
 
     try:
-        found = lookup.find(args.name, args.arguments)
-        inputs = lookup.example_inputs(args.example) or found.inputs()
-    except lookup.RequestError as error:
+        found = lookup.find(args.name, args.arguments, Trust.of(args.trust))
+        inputs = concrete_inputs(args.example) or found.inputs()
+    except (lookup.RequestError, InputFault) as error:
         return _complain(str(error), _BAD_ARGUMENTS)
     summary = _summarise(found, inputs)
     if isinstance(summary, str):

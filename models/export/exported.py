@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 
+from layercast.models.export.archive import refuse_pickles
 from layercast.models.export.checks import ExportError, describe, module_at
 from layercast.models.export.operators import check_captured
 from layercast.models.export.positional import Positional
@@ -104,7 +105,11 @@ def load(directory: Path | str, manifest: Manifest, device: str = "cpu") -> nn.M
 
 
 def load_bytes(content: bytes, device: str = "cpu") -> nn.Module:
-    """Load a program from bytes that are trusted: torch.export.load runs what they say."""
+    """Load a program from bytes that are trusted: torch.export.load runs what they say, pickles apart.
+
+    TorchFileError for an archive in which something is pickled that is not plain tensors.
+    """
+    refuse_pickles(content)
     program = torch.export.load(io.BytesIO(content))
     if device != "cpu":
         program = move_to_device_pass(program, device)

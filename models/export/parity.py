@@ -16,7 +16,7 @@ from layercast.models.onnx_runtime import onnxruntime
 
 BATCHES: Final = (1, 2, 5, 32)
 LIMIT: Final = 1e-4
-"""Largest absolute difference that is taken for rounding."""
+"""Largest difference that is taken for rounding, in units of an output's largest value where that is over 1."""
 
 Array = np.ndarray[Any, Any]
 Runner = Callable[[Mapping[str, Tensor]], Sequence[Array]]
@@ -65,11 +65,11 @@ def measure(program: str, run: Runner, tried: Sequence[Case], name: str) -> dict
                     f"{name}: output {output!r} of the {program} program at {case}: want {expected.dtype} "
                     f"{list(expected.shape)}, got {result.dtype} {list(result.shape)}; a size was taken as a constant"
                 )
-            difference = difference_of(result, expected)
-            if not difference <= LIMIT:
+            difference, limit = difference_of(result, expected), LIMIT * _scale(expected)
+            if not difference <= limit:
                 raise ExportError(
                     f"{name}: output {output!r} of the {program} program differs from the module by {difference:.2g} "
-                    f"at {case} (limit {LIMIT:g}); a branch or a value was taken as a constant"
+                    f"at {case} (limit {limit:.2g}); a branch or a value was taken as a constant"
                 )
             largest[case.batch] = max(largest.get(case.batch, 0.0), difference)
     return largest
@@ -84,6 +84,12 @@ def difference_of(result: Array, expected: Array) -> float:
     with np.errstate(invalid="ignore"):
         apart = np.where(same, 0.0, np.abs(got - want))
     return float(np.where(np.isnan(apart), np.inf, apart).max())
+
+
+def _scale(expected: Array) -> float:
+    """Return the largest finite magnitude among `expected`, at least 1: float32 rounds in proportion to the values."""
+    values = np.abs(expected.astype(np.float64))
+    return float(np.max(values, where=np.isfinite(values), initial=1.0))
 
 
 def torch_runner(program: nn.Module) -> Runner:

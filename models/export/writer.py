@@ -5,14 +5,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import safetensors.torch
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from layercast.models.artefact import build, load_weights, save_weights
 from layercast.models.card import Card
@@ -22,6 +24,8 @@ from layercast.models.export.calibration import Calibration
 from layercast.models.export.checks import ExportError, check_interface, check_rows, check_state
 from layercast.models.export.int8 import write as quantise
 from layercast.models.export.positional import Positional, named_outputs
+from layercast.models.foreign.factory import Code
+from layercast.models.foreign.trust import ARTEFACT_CODE, Trust
 from layercast.models.layer_index import build_index
 from layercast.models.manifest import GOLDEN_FILE, PROGRAM_FILES, WEIGHTS_FILE, Int8, Manifest, Program, file_entry
 from layercast.models.versions import tool_versions
@@ -53,13 +57,17 @@ def export_artefact(
     programs: Sequence[Program] = PROGRAMS,
     force: bool = False,
     report: Callable[[Written], None] = lambda written: None,
+    code: Code | None = None,
+    left_out: Callable[[Program, str], None] | None = None,
     calibration: Calibration | None = None,
 ) -> Manifest:
     """Export `module`, in eval mode on the CPU, as the version that `directory` (…/NAME/VERSION) is named after.
 
     Everything is written beside `directory` and renamed into place once all checks have passed, so that a directory
-    of that name is always whole. An existing one is refused unless `force`. `report` is told of every program. With
-    `calibration`, the ONNX program is also quantised to int8, and the manifest says what that costs.
+    of that name is always whole. An existing one is refused unless `force`. `report` is told of every program. `code`
+    is the source file that the architecture comes from, and is kept in the artefact. With `left_out`, a program that
+    cannot be written is told to it with the reason, and the others do; without it, every program must come out right.
+    With `calibration`, the ONNX program is also quantised to int8, and the manifest says what that costs.
     ExportError says which module or program is at fault.
     """
     directory = Path(directory)
@@ -73,9 +81,11 @@ def export_artefact(
     check_rows(module, checked, examples, layers)
     with _staged(directory, force) as stage:
         save_weights(module, stage / WEIGHTS_FILE)
-        _check_weights(module, checked, examples, stage)
+        if code:
+            (stage / code.name).write_bytes(code.content)
+        _check_weights(module, checked, examples, stage, code)
         _write_golden(module, checked, stage)
-        written = list(_write_programs(module, checked, examples, stage, programs, report))
+        written = list(_write_programs(module, checked, examples, stage, programs, report, left_out))
         int8 = _write_int8(checked, stage, calibration) if calibration else None
         made: list[Program] = [done.program for done in written]
         if int8:
@@ -86,6 +96,7 @@ def export_artefact(
             description=checked.description,
             architecture=checked.architecture,
             arguments=checked.arguments,
+            code=code.name if code else "",
             inputs=checked.inputs,
             outputs=checked.outputs,
             preprocessing=checked.preprocessing,
@@ -119,31 +130,26 @@ def _version(directory: Path) -> int:
 
 def _write_programs(
     module: nn.Module, card: Card, examples: Examples, stage: Path, programs: Sequence[Program],
-    report: Callable[[Written], None],
+    report: Callable[[Written], None], left_out: Callable[[Program, str], None] | None,
 ) -> Iterator[Written]:  # fmt: skip
-    outputs = [spec.name for spec in card.outputs]
-    wrapped = Positional(module, [spec.name for spec in card.inputs], outputs)
-    inputs = examples.make(exported.EXAMPLE_BATCH)
-    tried = parity.cases(module, examples, outputs)
-    captured = None
+    writer = _Programs(module, card, examples, stage)
+    reasons = []
     for program in programs:
         start = time.perf_counter()
-        path = stage / PROGRAM_FILES[program]
-        if program == "torchscript":
-            torchscript.write(wrapped, inputs, path, card.name)
-            run = parity.torch_runner(torchscript.load_bytes(path.read_bytes()))
-        else:
-            captured = captured or exported.capture(wrapped, inputs, card.inputs, card.name)
-            if program == "onnx":
-                onnx.write(captured, inputs, card.inputs, outputs, path, card.name)
-                run = parity.onnx_runner(path.read_bytes(), outputs)
-            else:
-                exported.write(captured, path)
-                run = parity.torch_runner(exported.load_bytes(path.read_bytes()))
-        differences = parity.measure(program, run, tried, card.name)
+        try:
+            differences = writer.write(program)
+        except ExportError as error:
+            if left_out is None:
+                raise
+            (stage / PROGRAM_FILES[program]).unlink(missing_ok=True)
+            reasons.append(str(error).removeprefix(f"{card.name}: "))
+            left_out(program, str(error))
+            continue
         done = Written(program, differences, time.perf_counter() - start)
         report(done)
         yield done
+    if programs and len(reasons) == len(programs):
+        raise ExportError(f"{card.name}: no program could be written: {reasons[0]}")
 
 
 def _write_int8(card: Card, stage: Path, calibration: Calibration) -> Int8:
@@ -159,9 +165,40 @@ def _opsets(stage: Path) -> dict[str, int]:
     return onnx.opsets(path.read_bytes()) if path.exists() else {}
 
 
-def _check_weights(module: nn.Module, card: Card, examples: Examples, stage: Path) -> None:
-    """Refuse an architecture that the registry cannot build again, or that gives other answers with these weights."""
-    again = build(card.architecture, card.arguments)
+class _Programs:
+    """Writes programs of one module and holds them against it."""
+
+    def __init__(self, module: nn.Module, card: Card, examples: Examples, stage: Path) -> None:
+        self._card = card
+        self._stage = stage
+        self._outputs = [spec.name for spec in card.outputs]
+        self._wrapped = Positional(module, [spec.name for spec in card.inputs], self._outputs)
+        self._inputs = examples.make(exported.EXAMPLE_BATCH)
+        self._tried = parity.cases(module, examples, self._outputs)
+
+    @cached_property
+    def _captured(self) -> ExportedProgram:
+        return exported.capture(self._wrapped, self._inputs, self._card.inputs, self._card.name)
+
+    def write(self, program: Program) -> dict[int, float]:
+        """Write `program` and return how far it is from the module, by batch size."""
+        path, card = self._stage / PROGRAM_FILES[program], self._card
+        if program == "torchscript":
+            torchscript.write(self._wrapped, self._inputs, path, card.name)
+            run = parity.torch_runner(torchscript.load_bytes(path.read_bytes()))
+        elif program == "onnx":
+            onnx.write(self._captured, self._inputs, card.inputs, self._outputs, path, card.name)
+            run = parity.onnx_runner(path.read_bytes(), self._outputs)
+        else:
+            exported.write(self._captured, path)
+            run = parity.torch_runner(exported.load_bytes(path.read_bytes()))
+        return parity.measure(program, run, self._tried, card.name)
+
+
+def _check_weights(module: nn.Module, card: Card, examples: Examples, stage: Path, code: Code | None) -> None:
+    """Refuse an architecture that cannot be built again, or that gives other answers with these weights."""
+    trust = Trust.of([ARTEFACT_CODE if code else card.architecture])  # its code made `module`, in this process
+    again = build(card.architecture, card.arguments, trust, code)
     load_weights(again, (stage / WEIGHTS_FILE).read_bytes(), WEIGHTS_FILE)
     outputs = [spec.name for spec in card.outputs]
     inputs = examples.make(2)
@@ -194,15 +231,28 @@ def _staged(directory: Path, force: bool) -> Iterator[Path]:
         stage.chmod(0o777 & ~_umask())  # mkdtemp's are private, but a server may run as another user
         yield stage
         if force and directory.exists():
-            # A directory cannot be renamed over a full one: the old one steps aside first.
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-            directory.rename(old / directory.name)
-            stage.rename(directory)
-            shutil.rmtree(old)
+            _replace(stage, directory)
         else:
             _take_place(stage, directory)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace(stage: Path, directory: Path) -> None:
+    """Put `stage` where `directory` is, which steps aside first: a directory cannot be renamed over a full one."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
+    old = aside / directory.name
+    try:
+        with suppress(FileNotFoundError):  # another process replaces it too
+            directory.rename(old)
+        try:
+            _take_place(stage, directory)
+        except BaseException:
+            if old.exists() and not directory.exists():
+                old.rename(directory)
+            raise
+    finally:
+        shutil.rmtree(aside)
 
 
 def _take_place(stage: Path, directory: Path) -> None:

@@ -1,11 +1,12 @@
 """Checkpoints that are whole or absent: written beside, flushed, then renamed into place."""
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from layercast.models import torch_files
 
 
 class CheckpointError(ValueError):
@@ -31,15 +32,15 @@ def save(state: dict[str, Any], path: Path) -> None:
 def load(path: Path) -> dict[str, Any] | None:
     """Return the state in `path`, or None when there is no such file; CheckpointError when it is damaged.
 
-    Tensors and plain values only, no pickled code. What killed writers left beside it is removed.
+    Tensors and plain values only, no code. What killed writers left beside it is removed.
     """
     for left_over in path.parent.glob(f".{path.name}.*.partial"):
         left_over.unlink(missing_ok=True)
     if not path.is_file():
         return None
     try:
-        state = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
+        state = torch_files.load(path)
+    except (torch_files.TorchFileError, OSError) as error:
         raise CheckpointError(f"{path} is no checkpoint of ours or is damaged; delete it or use --fresh") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: want a checkpoint of ours, got a {type(state).__name__}; use --fresh")

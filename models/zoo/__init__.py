@@ -20,7 +20,17 @@ ZOO: Final = Path(__file__).parent
 VERSION: Final = 1
 """The version that models of the zoo are exported as."""
 
-_NOT_EXPORTED: Final = ("data", "training", "losses.py", "loss_targets.py", "summary.py", "lookup.py", "initialise.py")
+_NOT_EXPORTED: Final = (
+    "data",
+    "foreign",
+    "training",
+    "torch_files.py",
+    "losses.py",
+    "loss_targets.py",
+    "summary.py",
+    "lookup.py",
+    "initialise.py",
+)
 """Sources under models/ that an artefact does not depend on."""
 
 _KEPT_LINES: Final = 5
@@ -92,9 +102,10 @@ def _export(missing: Sequence[str], repository: Path, zoo: Path, report: Callabl
     """Export in a child process, report its lines, and return the last of them."""
     command = [sys.executable, "-m", "layercast.models.commands.export", *missing, "--output", str(repository)]
     command += ["--version", str(VERSION), "--zoo", str(zoo), "--keep"]
+    command.append("--until-stdin-ends")  # a server that is stopped or killed meanwhile leaves no child behind
     last: list[str] = []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as child:
         try:
             assert child.stdout is not None

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
 
 if TYPE_CHECKING:
     from layercast.server.settings import Settings
@@ -19,15 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"{field.description}{shown}"
         if field.annotation is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif get_origin(field.annotation) is tuple:
+            parser.add_argument(option, action="append", default=argparse.SUPPRESS, help=field.description, metavar="X")
         else:
             choices = [value for value in get_args(field.annotation) if isinstance(value, str)] or None
+            # A setting may say what its option means when it is given without a value.
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            bare: dict[str, Any] = {"nargs": "?", "const": extra["bare"]} if "bare" in extra else {}
             parser.add_argument(
-                option, default=argparse.SUPPRESS, choices=choices, help=text, metavar=None if choices else "X"
+                option, default=argparse.SUPPRESS, choices=choices, help=text, metavar=None if choices else "X", **bare
             )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until stopped; 0 after a drain, 1 when the server can't start."""
+    """Serve until stopped, which ends the process; 1 when the server can't start."""
     from layercast.server import environment, logs
     from layercast.server.errors import StartError
     from layercast.server.settings import Settings, read
@@ -36,15 +41,15 @@ def run(args: argparse.Namespace) -> int:
     try:
         settings = read(given)
         logs.configure(settings.log_format)
-        if clash := environment.onnxruntime_clash():
-            raise StartError(clash)
-        return _run(settings)
+        if fault := environment.protobuf_fault() or environment.onnxruntime_clash():
+            raise StartError(fault)
+        _run(settings)
     except StartError as error:
         print(f"layercast serve: {error}", file=sys.stderr)
         return 1
 
 
-def _run(settings: "Settings") -> int:
+def _run(settings: "Settings") -> NoReturn:
     import asyncio
     from collections.abc import Callable
 
@@ -56,4 +61,4 @@ def _run(settings: "Settings") -> int:
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(serve(settings))
+        runner.run(serve(settings))

@@ -1,6 +1,10 @@
 """What runs a batch: the contract every engine keeps."""
 
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from layercast.server.work import Array
@@ -25,3 +29,31 @@ class Engine(Protocol):
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output by name for the batch `inputs`: arrays by input name, all with the same dimension 0."""
+
+
+@contextmanager
+def in_memory(content: bytes) -> Iterator[str]:
+    """Yield the path of a file that holds `content`, in memory where the system can, and is gone afterwards.
+
+    ONNX Runtime reads a path without Python's lock, but copies bytes with it: 0.9 s for 400 MB in which nothing was
+    answered, against 0.05 s.
+    """
+    if not hasattr(os, "memfd_create") or not Path("/proc/self/fd").is_dir():  # only Linux has both
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "program"
+            path.write_bytes(content)
+            yield str(path)
+        return
+    with open(os.memfd_create("layercast"), "wb") as file:
+        file.write(content)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
+
+
+def not_loaded(program: str, error: Exception, path: str = "") -> EngineError:
+    """Return the error for a program that its runtime refuses to load; runtimes say at most a `path` of our making."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    return EngineError(
+        f"{program} can't be loaded: {type(error).__name__}: {text.replace(path, program) if path else text}"[:500]
+    )

@@ -7,7 +7,7 @@ import torch
 
 from layercast.models.manifest import Manifest
 from layercast.models.onnx_runtime import onnxruntime
-from layercast.server.engines.base import EngineError, Inputs, Outputs
+from layercast.server.engines.base import EngineError, Inputs, Outputs, in_memory, not_loaded
 
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
@@ -34,7 +34,11 @@ class OnnxEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         content = manifest.read_verified(directory, manifest.programs[name])
         providers = _PROVIDERS[device.type]
-        self._session = onnxruntime.InferenceSession(content, options, providers=providers)
+        with in_memory(content) as path:
+            try:
+                self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+            except Exception as error:  # its exceptions share no class of their own
+                raise not_loaded(manifest.programs["onnx"], error, path) from error
         # Asked for a provider that it can't load, ONNX Runtime falls back to the CPU without an error.
         if self._session.get_providers()[0] != providers[0]:
             raise EngineError(f"ONNX Runtime has no working {providers[0]}; it would run on the CPU unasked")

@@ -7,8 +7,8 @@ import torch
 
 from layercast.models.export.exported import load as load_exported
 from layercast.models.export.torchscript import load as load_torchscript
-from layercast.models.manifest import Manifest
-from layercast.server.engines.base import Inputs, Outputs
+from layercast.models.manifest import Manifest, ManifestError, Program
+from layercast.server.engines.base import Inputs, Outputs, not_loaded
 from layercast.server.engines.tensors import to_outputs, to_tensors
 
 
@@ -31,11 +31,23 @@ class ProgramEngine:
 
 def torchscript(directory: Path, manifest: Manifest, device: torch.device) -> ProgramEngine:
     """Load `model.ts`."""
-    program = load_torchscript(directory, manifest, device.type)
+    program = _loaded(load_torchscript, directory, manifest, device, "torchscript")
     return ProgramEngine("torchscript", program, manifest, device)
 
 
 def exported(directory: Path, manifest: Manifest, device: torch.device) -> ProgramEngine:
     """Load `model.pt2`."""
-    program = load_exported(directory, manifest, device.type)
+    program = _loaded(load_exported, directory, manifest, device, "exported")
     return ProgramEngine("exported", program, manifest, device)
+
+
+def _loaded(
+    load: Callable[..., Callable[..., object]], directory: Path, manifest: Manifest, device: torch.device, name: Program
+) -> Callable[..., object]:
+    program = manifest.programs[name]
+    try:
+        return load(directory, manifest, device.type)
+    except ManifestError:
+        raise
+    except Exception as error:
+        raise not_loaded(program, error) from error

@@ -2,25 +2,35 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final, ParamSpec, TypeVar
 
 import numpy as np
 
 from layercast.models.manifest import LayerSpec, Manifest, TensorSpec
 from layercast.models.reducers import reduced_shape
 from layercast.proto.codec import CodecError, Tensor
+from layercast.proto.messages import InferParameter
 from layercast.proto.tensors import memory_dtype
-from layercast.server.errors import InvalidArgument, ServingError
+from layercast.server.errors import DeadlineCancelled, InvalidArgument, ServingError
 from layercast.server.layers import check_size, reduced_datatype
 from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.model import ServedModel
 from layercast.server.monitor import Kind, Spent
 from layercast.server.repository import Repository
+from layercast.server.service import scopes
 from layercast.server.service.call import Call
 from layercast.server.service.requests import Wanted, join, token_length
+from layercast.server.service.terms import NO_PARAMETERS, terms_of
 from layercast.server.work import Answer, Array, Tap
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Bytes; a typed message of this size takes several milliseconds to go through, a hand-over to a thread 0.1.
+_LARGE: Final = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class Answering:
     def __init__(self, repository: Repository, metrics: Metrics, max_bytes: int) -> None:
         self._repository = repository
         self._metrics = metrics
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
 
     def find(self, name: str, version: str, kind: Kind) -> ServedModel:
         """Return the model that answers; a request for one that does not is counted as unknown."""
@@ -87,11 +97,9 @@ class Answering:
         except ServingError as error:
             monitor.failed(kind, error.code.name, timer.elapsed())
             raise
-        except CodecError as error:
-            monitor.failed(kind, InvalidArgument.code.name, timer.elapsed())
-            raise InvalidArgument(str(error), field=error.field) from error
-        except asyncio.CancelledError:
-            monitor.failed(kind, "CANCELLED", timer.elapsed())
+        except asyncio.CancelledError as gone:
+            code = "DEADLINE_EXCEEDED" if isinstance(gone, DeadlineCancelled) else "CANCELLED"
+            monitor.failed(kind, code, timer.elapsed())
             raise
         except Exception:
             monitor.failed(kind, "INTERNAL", timer.elapsed())
@@ -102,15 +110,29 @@ class Answering:
             monitor.inflight.dec()
 
     async def run(
-        self, model: ServedModel, inputs: Mapping[str, Array], rows: int, wanted: Wanted, call: Call
+        self,
+        model: ServedModel,
+        inputs: Mapping[str, Array],
+        rows: int,
+        wanted: Wanted,
+        call: Call,
+        parameters: Mapping[str, InferParameter] = NO_PARAMETERS,
     ) -> Answered:
-        """Run the rows and return what was asked for, after checking that it fits into a message."""
+        """Run the rows and return what was asked for, after checking that it fits into a message.
+
+        `parameters` are the request's: `priority` and `timeout` say how its rows wait.
+        """
+        if wanted.outputs:
+            scopes.require(scopes.PREDICT, to="asking for outputs")
+        if wanted.layers:
+            scopes.require(scopes.FEATURES, to="asking for layers")
         manifest = model.manifest
+        terms = terms_of(call, parameters)
         taps = tuple(dict.fromkeys(asked.tap for asked in wanted.layers))
-        check_size(manifest, taps, rows, token_length(manifest, inputs), self._max_bytes, wanted.outputs)
+        check_size(manifest, taps, rows, token_length(manifest, inputs), self.max_bytes, wanted.outputs)
         if rows == 0:
             return Answered(_named(manifest, wanted, [_empty(manifest, taps)]), 0, 0, 0)
-        answers = await model.run(inputs, rows, taps, bool(wanted.outputs), call.deadline)
+        answers = await model.run(inputs, rows, taps, bool(wanted.outputs), terms)
         model.monitor.tapped(len(taps))
         return Answered(
             _named(manifest, wanted, answers),
@@ -118,6 +140,22 @@ class Answering:
             sum(answer.compute_ns for answer in answers),
             max(answer.batch_rows for answer in answers),
         )
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Blame the caller for what the codec finds wrong in the body. While an answer is encoded it is our own fault."""
+    try:
+        yield
+    except CodecError as error:
+        raise InvalidArgument(str(error), field=error.field) from error
+
+
+async def off_loop(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `function`, in another thread when it has `size` bytes to go through and that would hold up other calls."""
+    if size < _LARGE:
+        return function(*args, **kwargs)
+    return await asyncio.to_thread(function, *args, **kwargs)
 
 
 def _named(manifest: Manifest, wanted: Wanted, answers: list[Answer]) -> list[Tensor]:

@@ -1,6 +1,9 @@
 """The feature service: which layers a model has, and their values for given rows."""
 
+from dataclasses import dataclass
+
 from layercast.models.layer_names import match_layers, nearest
+from layercast.models.manifest import Manifest
 from layercast.proto.codec import decode_named, named_tensor, quoted
 from layercast.proto.messages import (
     ExtractRequest,
@@ -12,10 +15,22 @@ from layercast.proto.messages import (
 )
 from layercast.server.errors import InvalidArgument
 from layercast.server.layers import MAX_PATTERN_LENGTH, resolve
+from layercast.server.model import ServedModel
 from layercast.server.repository import Repository
-from layercast.server.service.answering import Answering
+from layercast.server.service.answering import Answered, Answering, decoding, off_loop
 from layercast.server.service.call import Call
-from layercast.server.service.requests import Wanted, check_inputs, resolve_outputs
+from layercast.server.service.requests import Wanted, check_inputs, resolve_outputs, warnings
+from layercast.server.work import Array
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request, decoded and checked."""
+
+    inputs: dict[str, Array]
+    rows: int
+    wanted: Wanted
+    warning: str
 
 
 class FeatureService:
@@ -49,26 +64,35 @@ class FeatureService:
         """Values of the layers asked for, and of the outputs if any are named."""
         model = self._answering.find(request.model_name, request.model_version, "features")
         with self._answering.counted(model, "features") as timer:
-            if not request.layers:
-                raise InvalidArgument(
-                    "no layers are asked for; '*' asks for all, ListLayers names them", field="layers"
-                )
-            inputs = decode_named(request.inputs)
-            rows = check_inputs(model.manifest, inputs, {tensor.name: tensor.datatype for tensor in request.inputs})
-            layers = resolve(model.manifest, request.layers, "layers[{}]")
-            outputs = resolve_outputs(model.manifest, request.outputs).outputs if request.outputs else ()
-            wanted = Wanted(outputs, tuple(layers), (*(asked.name for asked in layers), *outputs))
+            asked = await off_loop(call.size, _decode, model.manifest, request)
             timer.decoded()
-            answered = await self._answering.run(model, inputs, rows, wanted, call)
+            answered = await self._answering.run(model, asked.inputs, asked.rows, asked.wanted, call)
             timer.ran(answered)
-            tensors = [named_tensor(*tensor) for tensor in answered.tensors]
-            return ExtractResponse(
-                model_name=model.manifest.name,
-                model_version=str(model.manifest.version),
-                id=request.id,
-                layers=tensors[: len(layers)],
-                outputs=tensors[len(layers) :],
-                timing=Timing(
-                    queue_ns=answered.queue_ns, compute_ns=answered.compute_ns, batch_rows=answered.batch_rows
-                ),
-            )
+            size = sum(values.nbytes for _, _, values in answered.tensors)
+            return await off_loop(size, _response, request, model, asked, answered)
+
+
+def _decode(manifest: Manifest, request: ExtractRequest) -> _Asked:
+    if not request.layers:
+        raise InvalidArgument("no layers are asked for; '*' asks for all, ListLayers names them", field="layers")
+    with decoding():
+        inputs = decode_named(request.inputs)
+    rows = check_inputs(manifest, inputs, {tensor.name: tensor.datatype for tensor in request.inputs})
+    layers = resolve(manifest, request.layers, "layers[{}]")
+    outputs = resolve_outputs(manifest, request.outputs).outputs if request.outputs else ()
+    wanted = Wanted(outputs, tuple(layers), (*(asked.name for asked in layers), *outputs))
+    return _Asked(inputs, rows, wanted, warnings(manifest, inputs))
+
+
+def _response(request: ExtractRequest, model: ServedModel, asked: _Asked, answered: Answered) -> ExtractResponse:
+    tensors = [named_tensor(*tensor) for tensor in answered.tensors]
+    layers = len(asked.wanted.layers)
+    return ExtractResponse(
+        model_name=model.manifest.name,
+        model_version=str(model.manifest.version),
+        id=request.id,
+        layers=tensors[:layers],
+        outputs=tensors[layers:],
+        timing=Timing(queue_ns=answered.queue_ns, compute_ns=answered.compute_ns, batch_rows=answered.batch_rows),
+        warning=asked.warning,
+    )

@@ -31,7 +31,7 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, Array], datatypes: Map
     for name in inputs:
         if name not in specs:
             raise InvalidArgument(
-                f"model {manifest.name!r} has no input {quoted(name)}; {near(name[:128], list(specs))}", field="inputs"
+                f"model {manifest.name!r} has no input {quoted(name)}; {near(name, list(specs))}", field="inputs"
             )
     for name in specs:
         if name not in inputs:
@@ -46,7 +46,23 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, Array], datatypes: Map
         raise InvalidArgument(
             f"every input must have the same number of rows (dimension 0), but {counts}", field="inputs"
         )
+    _check_lengths(manifest, inputs)
     return int(next(iter(rows.values())))
+
+
+def _check_lengths(manifest: Manifest, inputs: Mapping[str, Array]) -> None:
+    """Refuse dynamic sizes that differ between inputs: an export ties those of one place to each other."""
+    first: dict[int, str] = {}
+    for spec in manifest.inputs:
+        for place in spec.dynamic_dimensions():
+            other = first.setdefault(place, spec.name)
+            sizes = inputs[other].shape[place], inputs[spec.name].shape[place]
+            if sizes[0] != sizes[1]:
+                raise InvalidArgument(
+                    f"dimension {place} must be of one size in all inputs, but {other!r} has {sizes[0]} and "
+                    f"{spec.name!r} has {sizes[1]}",
+                    field="inputs",
+                )
 
 
 def _check_input(spec: TensorSpec, array: Array, datatype: str, field: str) -> None:
@@ -61,9 +77,10 @@ def _check_input(spec: TensorSpec, array: Array, datatype: str, field: str) -> N
             + _shape_hint(spec.shape, array.shape),
             field=f"{field}.shape",
         )
-    if spec.max_length is not None and array.shape[1] > spec.max_length:
+    longest = max((array.shape[place] for place in spec.dynamic_dimensions()), default=0)
+    if spec.max_length is not None and longest > spec.max_length:
         raise InvalidArgument(
-            f"input {spec.name!r}: {array.shape[1]} long, the model takes at most {spec.max_length}; "
+            f"input {spec.name!r}: {longest} long, the model takes at most {spec.max_length}; "
             "cut it or send it in parts",
             field=f"{field}.shape",
         )
@@ -127,7 +144,7 @@ def resolve_outputs(manifest: Manifest, names: Sequence[str]) -> Wanted:
             outputs.append(name)
             order.append(name)
         else:
-            hint = near(name[:128], known)
+            hint = near(name, known)
             raise InvalidArgument(
                 f"unexpected inference output {quoted(name)} for model {manifest.name!r}; {hint}; "
                 "a layer is asked for as layer:PATH",

@@ -1,7 +1,5 @@
-"""The one place where an exception becomes what a caller sees: a status code, a text, and typed details."""
+"""The one place where an exception becomes what a gRPC caller sees: a status code, a text, and typed details."""
 
-import logging
-import uuid
 from dataclasses import dataclass
 
 import grpc
@@ -9,33 +7,37 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from layercast.server.errors import ServingError
+from layercast.server.errors import ServingError, expected
 
-logger = logging.getLogger(__name__)
+_DETAILS = "grpc-status-details-bin"
+# Read by gRPC's own retry (proposal A6): milliseconds to wait, a negative number means "do not retry".
+_PUSHBACK = "grpc-retry-pushback-ms"
+_RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A failed call's status; `details` is the serialised google.rpc.Status for the trailer grpc-status-details-bin."""
+    """A failed call's status and its trailers: a serialised google.rpc.Status, and when to try again."""
 
     code: grpc.StatusCode
     message: str
-    details: bytes
+    trailers: tuple[tuple[str, str | bytes], ...]
 
 
 def reply(error: Exception, method: str) -> Reply:
     """Return what the caller of `method` sees of `error`. A bug shows only an id; its traceback goes to the log."""
-    if isinstance(error, ServingError):
-        return Reply(error.code, error.message, _details(error))
-    identifier = uuid.uuid4().hex[:12]
-    logger.error("error %s in %s", identifier, method, exc_info=error)
-    message = f"internal error {identifier}; the server's log has the cause under this id"
-    return Reply(grpc.StatusCode.INTERNAL, message, b"")
+    shown = expected(error, method)
+    trailers: list[tuple[str, str | bytes]] = []
+    if details := _details(shown):
+        trailers.append((_DETAILS, details))
+    if shown.code in _RETRIED:
+        trailers.append((_PUSHBACK, "-1" if shown.retry_after is None else str(int(shown.retry_after * 1000))))
+    return Reply(shown.code, shown.message, tuple(trailers))
 
 
 def _details(error: ServingError) -> bytes:
     status = Status(code=error.code.value[0], message=error.message)
-    if error.field:
+    if error.field or error.code is grpc.StatusCode.INVALID_ARGUMENT:
         violation = BadRequest.FieldViolation(field=error.field, description=error.message)
         status.details.add().Pack(BadRequest(field_violations=[violation]))
     if error.retry_after is not None:

@@ -1,53 +1,65 @@
-"""The HTTP side: health for probes, metrics for Prometheus, and a page that says what is where."""
+"""The HTTP side: REST v2, metrics for Prometheus, and a page that says what is where."""
+
+from collections.abc import Awaitable, Callable, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from layercast.server.environment import installed_version
+from layercast.server.errors import ServingError
 from layercast.server.repository import Repository
+from layercast.server.rest.calls import authorization
+from layercast.server.rest.status import error_response, not_routed
+from layercast.server.service.scopes import METADATA
+from layercast.server.transport.security import Security
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+_HANDLERS = {HTTPException: not_routed}
 
 
-def application(repository: Repository, registry: CollectorRegistry) -> Starlette:
-    """Return the application of the HTTP port."""
+def application(
+    repository: Repository, registry: CollectorRegistry, rest: Sequence[Route], security: Security
+) -> Starlette:
+    """Return the application of the HTTP port; `rest` are the routes of REST v2."""
 
     async def index(request: Request) -> Response:
         models = "".join(f"  {v.name} {v.number}: {v.state}\n" for v in repository.versions())
         text = "layercast\n\nmodels\n" + models + "\n/v2  /v2/health/live  /v2/health/ready  /metrics\n"
         return PlainTextResponse(text)
 
-    async def server(request: Request) -> Response:
-        return JSONResponse({"name": "layercast", "version": installed_version("layercast") or "", "extensions": []})
-
-    async def live(request: Request) -> Response:
-        return JSONResponse({"live": True})
-
-    async def ready(request: Request) -> Response:
-        return JSONResponse({"ready": repository.ready}, status_code=200 if repository.ready else 503)
-
-    routes = [
-        Route("/", index),
-        Route("/v2", server),
-        Route("/v2/health/live", live),
-        Route("/v2/health/ready", ready),
-        metrics_route(registry),
-    ]
-    return Starlette(routes=routes)
+    routes = [Route("/", _guarded(index, security)), *rest, Route("/metrics", _guarded(_metrics(registry), security))]
+    return Starlette(routes=routes, exception_handlers=_HANDLERS)
 
 
-def metrics_application(registry: CollectorRegistry) -> Starlette:
-    """Return the application of the metrics port."""
-    return Starlette(routes=[metrics_route(registry)])
+def metrics_application(registry: CollectorRegistry, rest: Sequence[Route]) -> Starlette:
+    """Return the application of the metrics port, never encrypted and without tokens: `/metrics` and the probes."""
+    probes = [route for route in rest if route.path.startswith("/v2/health/")]
+    return Starlette(routes=[Route("/metrics", _metrics(registry)), *probes], exception_handlers=_HANDLERS)
 
 
-def metrics_route(registry: CollectorRegistry) -> Route:
-    """Return `/metrics` in the text format or OpenMetrics, as the scraper asks."""
+def _guarded(endpoint: Endpoint, security: Security) -> Endpoint:
+    """Return `endpoint` for callers with any token, where there are tokens."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            security.admit((METADATA,), authorization(request), "reading this")
+        except ServingError as error:
+            return error_response(error, request.url.path)
+        return await endpoint(request)
+
+    return answer
+
+
+def _metrics(registry: CollectorRegistry) -> Endpoint:
+    """Return what answers in the text format or OpenMetrics, as the scraper asks."""
 
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), media_type=content_type)
 
-    return Route("/metrics", metrics)
+    return metrics

@@ -1,0 +1,1 @@
+"""Modules that are not ours: their code and whether it may run, their weights, inputs and outputs, their export."""

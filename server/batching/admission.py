@@ -1,0 +1,105 @@
+"""Who may wait: a request is queued whole or refused at once, and no peer may keep the others out of a full queue."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from layercast.server.batching.policy import Limits, Observer
+from layercast.server.batching.queue import Held, Queue
+from layercast.server.errors import InvalidArgument, ServingError, Unavailable
+from layercast.server.work import Terms, Work
+
+RETRY_SECONDS = 0.1
+
+End = Callable[[Sequence[Work], ServingError], None]
+"""Takes a request's works out of the queue and ends them with an error."""
+
+
+class Admission:
+    """Queues works within the limits of rows and bytes.
+
+    When the queue is full, a peer that holds less than an even share of it still gets in: the newest requests of the
+    peer that holds most make room, and are refused in its place.
+    """
+
+    def __init__(self, name: str, limits: Limits, queue: Queue, observer: Observer, end: End) -> None:
+        self._name = name
+        self._limits = limits
+        self._queue = queue
+        self._observer = observer
+        self._end = end
+
+    def admit(self, works: Sequence[Work], terms: Terms, expires: int | None) -> None:
+        """Queue the works of one request. `expires` is its deadline on `time.perf_counter_ns`'s clock.
+
+        Raises InvalidArgument for a request that the empty queue could not hold, Unavailable when there is no room.
+        """
+        wanted = Held()
+        for work in works:
+            wanted.add(work)
+        self._check_possible(wanted)
+        self._make_room(wanted, terms.peer)
+        levels = self._limits.priorities
+        now = time.perf_counter_ns()
+        for work in works:
+            work.parts, work.peer, work.expires, work.arrived = works, terms.peer, expires, now
+            work.priority = terms.priority if 1 <= terms.priority <= levels else levels
+            self._queue.push(work)
+
+    def _check_possible(self, wanted: Held) -> None:
+        limits = self._limits
+        if wanted.rows > limits.queue_rows:
+            self._observer.rejected("too_large")
+            raise InvalidArgument(
+                f"the request has {wanted.rows} rows, the queue holds {limits.queue_rows}; "
+                f"send them in several requests"
+            )
+        if wanted.bytes > limits.queue_bytes:
+            self._observer.rejected("too_large")
+            raise InvalidArgument(
+                f"the inputs take {wanted.bytes:,} bytes, the queue holds {limits.queue_bytes:,}; "
+                f"send them in several requests"
+            )
+
+    def _make_room(self, wanted: Held, peer: str) -> None:
+        """Return when the request fits, having ended others if that is fair; raise Unavailable if it is not."""
+        limits = self._limits
+        if self._lacks_rows(wanted) or self._lacks_bytes(wanted):
+            own = self._queue.peers.get(peer, Held())
+            peers = len(self._queue.peers) + (own.works == 0)
+            if (self._lacks_rows(wanted) and own.rows + wanted.rows > limits.queue_rows / peers) or (
+                self._lacks_bytes(wanted) and own.bytes + wanted.bytes > limits.queue_bytes / peers
+            ):
+                raise self._full(wanted)
+        # What the others hold is more than their even shares together, so one of them holds more than its own.
+        while self._lacks_rows(wanted):
+            self._evict(max(self._queue.peers, key=lambda name: self._queue.peers[name].rows))
+        while self._lacks_bytes(wanted):
+            self._evict(max(self._queue.peers, key=lambda name: self._queue.peers[name].bytes))
+
+    def _lacks_rows(self, wanted: Held) -> bool:
+        return self._queue.held.rows + wanted.rows > self._limits.queue_rows
+
+    def _lacks_bytes(self, wanted: Held) -> bool:
+        return self._queue.held.bytes + wanted.bytes > self._limits.queue_bytes
+
+    def _evict(self, peer: str) -> None:
+        self._observer.rejected("queue_full")
+        self._end(
+            self._queue.newest(peer).parts,
+            Unavailable(
+                f"the queue of model {self._name!r} is full and this caller holds most of it: "
+                f"the rows made room for another's; try again shortly, or send fewer at a time",
+                retry_after=RETRY_SECONDS,
+            ),
+        )
+
+    def _full(self, wanted: Held) -> Unavailable:
+        self._observer.rejected("queue_full")
+        held, limits = self._queue.held, self._limits
+        if self._lacks_rows(wanted):
+            what = f"{held.rows} of {limits.queue_rows} rows wait, {wanted.rows} more came"
+        else:
+            what = f"{held.bytes:,} of {limits.queue_bytes:,} bytes wait, {wanted.bytes:,} more came"
+        return Unavailable(
+            f"the queue of model {self._name!r} is full: {what}; try again shortly", retry_after=RETRY_SECONDS
+        )

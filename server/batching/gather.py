@@ -1,0 +1,83 @@
+"""Which works run next, and when: the one place that decides how a batch is made. Nothing here waits."""
+
+from dataclasses import dataclass, field
+
+from layercast.server.batching.pace import Pace
+from layercast.server.batching.policy import Limits, Reason
+from layercast.server.batching.queue import Queue
+from layercast.server.work import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Works that share a forward, and why the batch closed."""
+
+    works: list[Work]
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The next batch, None when every group may still wait for more rows; and works that will not run.
+
+    Those are out of the queue too. Nobody waits for them any more, or not for as long as a forward takes.
+    """
+
+    batch: Batch | None = None
+    dropped: list[Work] = field(default_factory=list)
+
+
+def gather(queue: Queue, limits: Limits, pace: Pace, now: int, draining: bool) -> Gathered:
+    """Take the next batch out of the queue.
+
+    A group may run once its oldest work has waited for the delay, once it fills a batch, once it can make exactly a
+    preferred number of rows or more than the largest, and always while draining. Of those that may, the highest
+    priority goes first, then the peer whose turn it is, then its oldest work.
+    """
+    dropped: list[Work] = []
+    until = now if draining else now - limits.delay_ns
+    while (oldest := queue.oldest()) and (oldest.arrived <= until or queue.ripe()):
+        for lead in queue.leads(until):
+            works = queue.batch(lead, limits.max_batch)
+            earliest = now + pace.least(lead.key, sum(work.rows for work in works), now)
+            if dead := [work for work in works if not work.alive(earliest)]:
+                break
+            batch = _close(queue, limits, lead, works, until, draining)
+            if batch:
+                queue.take(batch.works)
+                return Gathered(batch, dropped)
+        else:
+            break
+        for work in dead:
+            queue.discard(work)
+        dropped += dead
+    return Gathered(None, dropped)
+
+
+def _close(queue: Queue, limits: Limits, lead: Work, works: list[Work], until: int, draining: bool) -> Batch | None:
+    """Return the batch that `works` make now, or None when it is better to wait for more."""
+    if limits.preferred and (preferred := _preferred(works, limits.preferred)):
+        return Batch(preferred, "preferred")
+    rows = sum(work.rows for work in works)
+    if rows >= max(limits.preferred, default=limits.max_batch) or queue.group_rows(lead.key) > rows:
+        return Batch(works, "full")
+    if draining:
+        return Batch(works, "drain")
+    if lead.arrived <= until:
+        return Batch(works, "timeout" if limits.max_delay else "idle")
+    return None
+
+
+def _preferred(works: list[Work], sizes: tuple[int, ...]) -> list[Work]:
+    """Return the longest beginning of `works` that has exactly a preferred number of rows; none if there is none."""
+    rows, found = 0, 0
+    for count, work in enumerate(works, 1):
+        rows += work.rows
+        if rows in sizes:
+            found = count
+    return works[:found]
+
+
+def ripe_rows(limits: Limits) -> int:
+    """Return from how many rows on a group may run before its delay is over."""
+    return min((*limits.preferred, limits.max_batch))

@@ -1,0 +1,70 @@
+"""What the batcher goes by, and whom it tells: the limits of one model, and the observer of its works."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Reason = Literal["full", "preferred", "timeout", "idle", "drain"]
+"""Why a batch closed: no room for more, a preferred size reached, the delay over, no delay wanted, shutting down."""
+
+Rejection = Literal["queue_full", "too_large", "queue_timeout", "draining"]
+Phase = Literal["queued", "running"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How one model's works wait and run together.
+
+    `max_batch` is the rows that run together at most, `max_delay` the seconds that the first row waits for others.
+    `queue_rows` and `queue_bytes` bound what waits. `preferred` are batch sizes that leave as soon as they are
+    reached. `queue_timeout` is the seconds that a request may wait, None for any time; `priorities` the number of
+    levels, of which the last is the default.
+    """
+
+    max_batch: int
+    max_delay: float
+    queue_rows: int
+    queue_bytes: int = 1 << 28
+    preferred: tuple[int, ...] = ()
+    queue_timeout: float | None = None
+    priorities: int = 1
+
+    @property
+    def delay_ns(self) -> int:
+        """`max_delay` in nanoseconds."""
+        return int(self.max_delay * 1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """One forward that ran: its rows, why the batch closed, how long it took.
+
+    `tokens` counts the positions of padded inputs that callers sent, `padding` those that joining them added.
+    """
+
+    rows: int
+    reason: Reason
+    compute_ns: int
+    tokens: int = 0
+    padding: int = 0
+
+
+class Observer(Protocol):
+    """Hears what the batcher does: metrics and statistics."""
+
+    def queued(self, rows: int, size: int) -> None:
+        """So many rows, of so many bytes, wait now."""
+
+    def waited(self, seconds: float) -> None:
+        """A work left the queue to be run, after so long."""
+
+    def executed(self, execution: Execution) -> None:
+        """One forward ran and gave what it should."""
+
+    def rejected(self, reason: Rejection) -> None:
+        """A request was refused."""
+
+    def expired(self, when: Phase) -> None:
+        """A request's deadline passed before its answer."""
+
+    def cancelled(self, when: Phase) -> None:
+        """A caller went away."""

@@ -1,0 +1,184 @@
+"""The batcher's queue: levels of priority, fair between peers, in groups that may share a forward.
+
+Plain data, no clock, no loop. Every change takes constant time, so that a full queue can be cancelled row by row.
+"""
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+
+from layercast.server.work import Work
+
+# An OrderedDict is a linked list: its first entry is found at once even after many others before it were deleted.
+_Line = OrderedDict[Work, None]
+"""Works of one peer, in order of arrival."""
+
+
+@dataclass(slots=True)
+class Held:
+    """What waits, of one peer or of all."""
+
+    works: int = 0
+    rows: int = 0
+    bytes: int = 0
+
+    def add(self, work: Work, sign: int = 1) -> None:
+        """Count `work` in, or out with a `sign` of -1."""
+        self.works += sign
+        self.rows += sign * work.rows
+        self.bytes += sign * work.bytes
+
+
+@dataclass(slots=True)
+class _Level:
+    """The works of one priority, twice: each peer's line, and each group's lines. In both, the first is next."""
+
+    peers: OrderedDict[str, _Line] = field(default_factory=OrderedDict)
+    groups: defaultdict[Hashable, OrderedDict[str, _Line]] = field(default_factory=lambda: defaultdict(OrderedDict))
+
+
+class Queue:
+    """Works that wait. `ripe` is the rows that make a group worth a look before its delay is over."""
+
+    def __init__(self, ripe: int) -> None:
+        self._ripe = ripe
+        self._order: _Line = OrderedDict()
+        self._levels: dict[int, _Level] = {}
+        self._group_rows: dict[Hashable, int] = {}
+        self._ripe_keys: set[Hashable] = set()
+        self.held = Held()
+        self.peers: defaultdict[str, Held] = defaultdict(Held)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __contains__(self, work: object) -> bool:
+        return work in self._order
+
+    def __iter__(self) -> Iterator[Work]:
+        """Iterate over the works in order of arrival."""
+        return iter(self._order)
+
+    def push(self, work: Work) -> None:
+        """Append `work` to its peer's line."""
+        if work.priority not in self._levels:
+            self._levels[work.priority] = _Level()
+            self._levels = dict(sorted(self._levels.items()))
+        level = self._levels[work.priority]
+        for lines in (level.peers, level.groups[work.key]):
+            if work.peer in lines:
+                lines[work.peer][work] = None
+            else:
+                lines[work.peer] = OrderedDict({work: None})
+        self._order[work] = None
+        self.held.add(work)
+        self.peers[work.peer].add(work)
+        self._count(work.key, work.rows)
+
+    def discard(self, work: Work) -> bool:
+        """Take `work` out, wherever it stands; tell whether it was there."""
+        if work not in self._order:
+            return False
+        del self._order[work]
+        level = self._levels[work.priority]
+        _shrink(level.peers, work)
+        group = level.groups[work.key]
+        _shrink(group, work)
+        if not group:
+            del level.groups[work.key]
+        self.held.add(work, -1)
+        peer = self.peers[work.peer]
+        peer.add(work, -1)
+        if not peer.works:
+            del self.peers[work.peer]
+        self._count(work.key, -work.rows)
+        return True
+
+    def oldest(self) -> Work | None:
+        """Return the work that has waited longest."""
+        return next(iter(self._order), None)
+
+    def newest(self, peer: str) -> Work:
+        """Return the last work of `peer`, of its lowest priority; KeyError when it has none here."""
+        for level in reversed(self._levels.values()):
+            if peer in level.peers:
+                return next(reversed(level.peers[peer]))
+        raise KeyError(peer)
+
+    def group_rows(self, key: Hashable) -> int:
+        """Return how many rows wait in the group `key`."""
+        return self._group_rows.get(key, 0)
+
+    def ripe(self) -> bool:
+        """Tell whether any group holds enough rows to be worth a look."""
+        return bool(self._ripe_keys)
+
+    def leads(self, until: int) -> Iterator[Work]:
+        """Yield the works that may lead a batch now, the one to prefer first.
+
+        Those are, by priority and then by whose turn it is, the peer's oldest work if it arrived at `until` or
+        before, or else its oldest of each ripe group.
+        """
+        for level in self._levels.values():
+            for peer, line in level.peers.items():
+                first = next(iter(line))
+                if first.arrived <= until:
+                    yield first
+                elif self._ripe_keys:
+                    lines = (level.groups[key] for key in self._ripe_keys if key in level.groups)
+                    heads = (next(iter(own[peer])) for own in lines if peer in own)
+                    yield from sorted(heads, key=lambda work: work.arrived)
+
+    def batch(self, lead: Work, limit: int) -> list[Work]:
+        """Return the works of the lead's group that would run next, up to `limit` rows together, at least one.
+
+        Higher priorities come first; within one, peers take turns, the lead's first. A peer whose next work has no
+        room waits, its later ones too; other peers go on.
+        """
+        works: list[Work] = []
+        rows = 0
+        for priority, level in self._levels.items():
+            lines = level.groups.get(lead.key)
+            if not lines:
+                continue
+            if priority == lead.priority:
+                lines.move_to_end(lead.peer, last=False)
+            fresh, again = iter(lines.values()), deque[Iterator[Work]]()
+            while rows < limit:
+                line = next(fresh, None)
+                if line is None and not again:
+                    break
+                turn = iter(line) if line is not None else again.popleft()
+                work = next(turn, None)
+                if work is not None and (not works or rows + work.rows <= limit):
+                    works.append(work)
+                    rows += work.rows
+                    again.append(turn)
+        return works
+
+    def take(self, works: list[Work]) -> None:
+        """Take `works` out to be run: their peers go to the end of the turns."""
+        for work in works:
+            self.discard(work)
+            level = self._levels[work.priority]
+            if work.peer in level.peers:
+                level.peers.move_to_end(work.peer)
+            if work.peer in level.groups.get(work.key, ()):
+                level.groups[work.key].move_to_end(work.peer)
+
+    def _count(self, key: Hashable, rows: int) -> None:
+        total = self._group_rows.get(key, 0) + rows
+        if total:
+            self._group_rows[key] = total
+        else:
+            del self._group_rows[key]
+        if total >= self._ripe:
+            self._ripe_keys.add(key)
+        else:
+            self._ripe_keys.discard(key)
+
+
+def _shrink(lines: OrderedDict[str, _Line], work: Work) -> None:
+    del lines[work.peer][work]
+    if not lines[work.peer]:
+        del lines[work.peer]

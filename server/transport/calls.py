@@ -1,0 +1,197 @@
+"""RPCs of our services over grpc.aio: parse, answer, count, and turn what a service raises into a status."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, Final, Literal, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from layercast.proto.bulk import MessageTooComplex, check_bulk
+from layercast.proto.codec import CodecError
+from layercast.proto.rpc import Method
+from layercast.server.errors import DeadlineCancelled, InvalidArgument, ResourceExhausted, ServingError, Unavailable
+from layercast.server.metrics import Metrics
+from layercast.server.service.call import Call
+from layercast.server.transport.status import reply
+
+T = TypeVar("T")
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Kind = Literal["unary", "server_stream", "bidi_stream"]
+Answer = Callable[[Any, Call], Awaitable[Message]]
+StreamAnswer = Callable[[AsyncIterator[tuple[Any, int]], Call], AsyncGenerator[Message, None]]
+
+# A message of fewer bytes parses within a few milliseconds, whatever is in it.
+_LARGE: Final = 256 << 10
+# Sent by a client that wants the first error inside a stream as the status of the stream.
+_FAILS_WHOLE: Final = ("triton_grpc_error", "true")
+
+
+def parsed(message: type[Message], raw: bytes) -> Message:
+    """Return the message in `raw`; InvalidArgument when there is none, ResourceExhausted when it has too many parts."""
+    try:
+        if len(raw) > _LARGE:
+            check_bulk(raw, message)
+        return message.FromString(raw)
+    except MessageTooComplex as error:
+        raise ResourceExhausted(str(error)) from error
+    except (DecodeError, CodecError) as error:
+        raise InvalidArgument(
+            f"the {len(raw)} bytes are no {message.DESCRIPTOR.full_name}; "
+            "does the client use the same .proto file, and UTF-8 in its texts?"
+        ) from error
+
+
+class Counted:
+    """Counts the calls of one RPC and gives those that fail their status."""
+
+    def __init__(self, service: str, name: str, metrics: Metrics, kind: Kind = "unary") -> None:
+        self.path = f"/{service}/{name}"
+        labels = (kind, service, name)
+        self.received = metrics.rpc_received.labels(*labels)
+        self.sent = metrics.rpc_sent.labels(*labels)
+        self._started = metrics.rpc_started.labels(*labels)
+        self._duration = metrics.rpc_duration.labels(*labels)
+        self._handled = {code: metrics.rpc_handled.labels(*labels, code.name) for code in grpc.StatusCode}
+
+    async def run(self, body: Awaitable[T], context: Context) -> T:
+        """Await `body` and return what it returns; its error ends the call with a status and trailers."""
+        start = time.perf_counter()
+        self._started.inc()
+        try:
+            result = await body
+        except asyncio.CancelledError as gone:
+            late = isinstance(gone, DeadlineCancelled)
+            self._ended(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, start)
+            raise
+        except grpc.aio.AbortError:
+            self._ended(context.code(), start)
+            raise
+        except Exception as error:
+            failed = reply(error, self.path)
+            # Counted first: who has seen the status finds it in the metrics.
+            self._ended(failed.code, start)
+            return await context.abort(failed.code, failed.message, failed.trailers)  # raises
+        self._ended(grpc.StatusCode.OK, start)
+        return result
+
+    def _ended(self, code: grpc.StatusCode, start: float) -> None:
+        self._handled[code].inc()
+        self._duration.observe(time.perf_counter() - start)
+
+
+class UnaryRpc:
+    """One message in, one message out."""
+
+    def __init__(self, method: Method, answer: Answer, counted: Counted) -> None:
+        self._request = method.request
+        self._answer = answer
+        self._counted = counted
+
+    def handler(self) -> Handler:
+        """Return what grpc registers. It parses nothing itself: it would answer malformed bytes with INTERNAL."""
+        return grpc.unary_unary_rpc_method_handler(self._handle)
+
+    async def _handle(self, raw: bytes, context: Context) -> bytes:
+        return await self._counted.run(self._body(raw, context), context)
+
+    async def _body(self, raw: bytes, context: Context) -> bytes:
+        self._counted.received.inc()
+        request = parsed(self._request, raw)
+        response = await self._answer(request, Call(deadline(context), len(raw), peer=context.peer()))
+        self._counted.sent.inc()
+        return response.SerializeToString()
+
+
+class StreamRpc:
+    """Messages in, messages out, for as long as the client likes and the server runs."""
+
+    def __init__(self, method: Method, answer: StreamAnswer, counted: Counted) -> None:
+        self._request = method.request
+        self._answer = answer
+        self._counted = counted
+        self._open: set[Incoming] = set()
+
+    def handler(self) -> Handler:
+        """Return what grpc registers."""
+        return grpc.stream_stream_rpc_method_handler(self._handle)
+
+    def close(self) -> None:
+        """Read no more from any open stream. Each ends, as unavailable, once what was read is answered."""
+        for incoming in self._open:
+            incoming.close()
+
+    async def _handle(self, _: object, context: Context) -> None:
+        await self._counted.run(self._body(context), context)
+
+    async def _body(self, context: Context) -> None:
+        incoming = Incoming(context, self._request, self._counted)
+        self._open.add(incoming)
+        metadata = context.invocation_metadata() or ()
+        fails_whole = _FAILS_WHOLE in [(str(k), v) for k, v in metadata]
+        call = Call(deadline(context), fails_whole=fails_whole, peer=context.peer())
+        try:
+            async with aclosing(self._answer(incoming, call)) as answers:
+                async for answer in answers:
+                    await context.write(answer.SerializeToString())
+                    self._counted.sent.inc()
+        finally:
+            self._open.discard(incoming)
+        if incoming.closed:
+            raise Unavailable("the server is shutting down; everything that was read from this stream is answered")
+
+
+class Incoming:
+    """The messages of one stream, each with its size in bytes; an error in place of one that can't be parsed.
+
+    An async iterator for one consumer at a time. It ends when the client has half-closed, or after `close`.
+    """
+
+    def __init__(self, context: Context, message: type[Message], counted: Counted) -> None:
+        self.closed = False
+        self._context = context
+        self._message = message
+        self._counted = counted
+        self._reader: asyncio.Task[Any] | None = None
+
+    def close(self) -> None:
+        """End after the message that was read last."""
+        self.closed = True
+        if self._reader:
+            self._reader.cancel()
+
+    def __aiter__(self) -> "Incoming":
+        return self
+
+    async def __anext__(self) -> tuple[Message | ServingError, int]:
+        raw = await self._read()
+        if raw is grpc.aio.EOF:
+            raise StopAsyncIteration
+        self._counted.received.inc()
+        try:
+            return parsed(self._message, raw), len(raw)
+        except ServingError as error:
+            return error, len(raw)
+
+    async def _read(self) -> Any:
+        if self.closed:
+            return grpc.aio.EOF
+        self._reader = reader = asyncio.current_task()
+        try:
+            return await self._context.read()
+        except asyncio.CancelledError:
+            # Ours ends the iteration; the caller's own leaves with it.
+            if self.closed and reader and not reader.uncancel():
+                return grpc.aio.EOF
+            raise
+        finally:
+            self._reader = None
+
+
+def deadline(context: Context) -> float | None:
+    """Return when the call's time is over, on the event loop's clock, or None."""
+    remaining = context.time_remaining()
+    return None if remaining is None else asyncio.get_running_loop().time() + remaining
