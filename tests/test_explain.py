@@ -239,6 +239,7 @@ def test_one_of_several_inputs():
         ({"method": "gradcam", "layer": "head"}, r"'head' selects head \[1, 3\]; convolutions: conv, again"),
         ({"method": "integrated-gradients", "baseline": torch.zeros(3)}, r"like a row, \[2, 8, 8\], got \[3\]"),
         ({"method": "smoothgrad", "max_evaluations": 124}, "5 rows of 25 evaluations each are 125, at most 124"),
+        ({"method": "integrated-gradients", "steps": 1001}, "steps must be from 1 to 1,000, got 1,001"),
         ({"chunk_rows": 0}, "must be positive"),
     ],
 )

@@ -90,7 +90,7 @@ class Subject:
         elif self._embedding is not None and isinstance(given, int):
             chosen = self._embedding.of(given, points)
         else:
-            chosen = torch.full_like(points, given or 0.0)
+            chosen = torch.tensor(float(given or 0.0), dtype=torch.float64).to(points).expand_as(points)
         return torch.where(self.mask_like(points, rows), chosen, points)
 
     def scores(self, points: Tensor, rows: Tensor) -> Tensor:
