@@ -10,7 +10,7 @@ from layercast.models.explain.inputs import ExplainError
 from layercast.models.explain.subject import Subject
 
 MAX_STEPS: Final = 1000
-"""Finding the places of the steps takes time with the cube of their number: half a second here, minutes for 10,000."""
+"""Finding the places of the steps takes time with the cube of their number: a second here, minutes for 10,000."""
 
 
 def integrated_gradients(

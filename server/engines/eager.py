@@ -82,8 +82,8 @@ class EagerEngine:
 
     def _token_mask(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Return which tokens count, [N, T], for a model with a padded input: reducers leave the others out."""
-        padded = (spec for spec in self._manifest.inputs if spec.pad is not None and spec.name in tensors)
-        return next((tensors[spec.name] != spec.pad for spec in padded), None)
+        padded = {spec.name: spec.pad for spec in self._manifest.inputs if spec.pad is not None}
+        return next((tensor != padded[name] for name, tensor in tensors.items() if name in padded), None)
 
 
 def _double(module: nn.Module) -> nn.Module | Exception:
