@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from layercast.models.hook_points import flatten_output, select_modules
+from layercast.models.hook_points import flatten_output, module_kinds, select_modules
 from layercast.models.layer_names import LayerName, Pattern
 
 
@@ -29,6 +29,7 @@ class GradientExtractor:
         self._model = model
         self._patterns = [Pattern(text) for text in ([layers] if isinstance(layers, str) else layers)]
         self._modules = select_modules(model, self._patterns)
+        self._kinds = module_kinds(self._modules)
         self._handles: list[RemovableHandle] = []
         self._tensor_handles: list[RemovableHandle] = []
         self._calls: Counter[str] = Counter()
@@ -77,7 +78,7 @@ class GradientExtractor:
                 output = output.view_as(output)
             for part, tensor in flatten_output(output):
                 name = LayerName(path, call, part)
-                if any(pattern.selects(name, repeated=True) for pattern in self._patterns):
+                if self._selected(name, repeated=True):
                     self._activations[name] = tensor.detach().clone()
                     if tensor.requires_grad:
                         handle: RemovableHandle = tensor.register_hook(self._keep(name))  # type: ignore[no-untyped-call]
@@ -105,11 +106,10 @@ class GradientExtractor:
 
     def _named(self, values: Mapping[LayerName, Tensor]) -> dict[str, Tensor]:
         named = ((name, self._calls[name.path] > 1, value) for name, value in values.items())
-        return {
-            name.text(repeated): value
-            for name, repeated, value in named
-            if any(pattern.selects(name, repeated) for pattern in self._patterns)
-        }
+        return {name.text(repeated): value for name, repeated, value in named if self._selected(name, repeated)}
+
+    def _selected(self, name: LayerName, repeated: bool) -> bool:
+        return any(pattern.selects(name, repeated, self._kinds[name.path]) for pattern in self._patterns)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

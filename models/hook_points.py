@@ -37,10 +37,20 @@ def select_modules(model: nn.Module, patterns: Sequence[Pattern]) -> dict[str, n
     if isinstance(model, torch.jit.ScriptModule):
         raise LayerError("hooks need the Python module; a TorchScript program runs without them")
     modules = {path: module for path, module in model.named_modules() if path}
+    kinds = module_kinds(modules)
     for pattern in patterns:
-        if not any(pattern.may_select(path) for path in modules):
+        if not any(pattern.may_select(path, kind) for path, kind in kinds.items()):
             raise LayerError(f"no layer matches {pattern.text!r}{_hint(model, pattern.text, modules)}")
-    return {path: module for path, module in modules.items() if any(pattern.may_select(path) for pattern in patterns)}
+    return {
+        path: module
+        for path, module in modules.items()
+        if any(pattern.may_select(path, kinds[path]) for pattern in patterns)
+    }
+
+
+def module_kinds(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the class name of every module by path, as `type:` patterns see it."""
+    return {path: type(module).__name__ for path, module in modules.items()}
 
 
 def registered_hooks(model: nn.Module) -> list[str]:
@@ -73,4 +83,4 @@ def _hint(model: nn.Module, wanted: str, modules: Mapping[str, nn.Module]) -> st
         if path == wanted:
             first = next(known for known, other in modules.items() if other is module)
             return f": it is the same module as {first!r}; ask for that name"
-    return nearest(wanted, modules)
+    return nearest(wanted, module_kinds(modules))

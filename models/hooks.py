@@ -19,6 +19,7 @@ from layercast.models.hook_points import (
     LayerError,
     flatten_output,
     fused_attention_off,
+    module_kinds,
     registered_hooks,
     select_modules,
 )
@@ -75,8 +76,8 @@ class _Captures:
 class FeatureExtractor:
     """Context manager that collects layer outputs while it is open and removes its hooks when it closes.
 
-    `layers` are taps, `glob[@reducer…]`: globs as in `layer_names.Pattern`, reducers as in `reducers.reduce`. Results
-    are keyed by layer name, with `@reducer` where one was asked for.
+    `layers` are taps, `pattern[@reducer…]`: patterns as in `layer_names.Pattern`, reducers as in `reducers.reduce`.
+    Results are keyed by layer name, with `@reducer` where one was asked for.
     `known` is the names of the model's layer index: with it the first early exit is already right; without it the
     extractor learns the order from its first full run.
     `clone` is the names whose tensor a later in-place operation changes; None, the default, copies every value. A
@@ -100,6 +101,7 @@ class FeatureExtractor:
         self._clone = clone if clone is None else frozenset(clone)
         self._taps = [_Tap(Pattern(glob), reducers) for glob, reducers in map(split_tap, dict.fromkeys(layers))]
         self._modules = select_modules(model, [tap.pattern for tap in self._taps])
+        self._kinds = module_kinds(self._modules)
         self._counts: Counter[str] = Counter()
         self._expected: frozenset[LayerName] | None = None
         if known is not None:
@@ -174,7 +176,7 @@ class FeatureExtractor:
                 captures.seen[name] = None
                 for tap in self._taps:
                     # Whether it is called again is not known yet, so any name it may get is accepted here.
-                    if tap.pattern.selects(name, repeated=True):
+                    if self._selects(tap, name, repeated=True):
                         captures.values[tap, name] = self._value(tensor, tap, name)
                 if captures.pending is not None:
                     captures.pending.discard(name)
@@ -201,8 +203,11 @@ class FeatureExtractor:
 
     def _selected(self) -> Iterator[tuple[_Tap, LayerName]]:
         for tap, name in self._captures.values:
-            if tap.pattern.selects(name, self._repeated(name.path)):
+            if self._selects(tap, name, self._repeated(name.path)):
                 yield tap, name
+
+    def _selects(self, tap: _Tap, name: LayerName, repeated: bool) -> bool:
+        return tap.pattern.selects(name, repeated, self._kinds.get(name.path, ""))
 
     def _named(self) -> dict[str, Tensor]:
         values = self._captures.values
@@ -212,7 +217,8 @@ class FeatureExtractor:
         found = {tap for tap, _ in self._selected()}
         for tap in self._taps:
             if tap not in found:
-                called = sorted(name.text(self._repeated(name.path)) for name in self._captures.seen)
+                seen = sorted(self._captures.seen, key=lambda name: (name.path, name.call, name.part))
+                called = {name.text(self._repeated(name.path)): self._kinds[name.path] for name in seen}
                 raise LayerError(
                     f"layer {tap.pattern.text!r} gave no tensor in this forward: it never ran, or it returns none"
                     f"{nearest(tap.pattern.text, called)}"
@@ -224,11 +230,10 @@ class FeatureExtractor:
             if repeated:
                 self._counts[name.path] = max(self._counts[name.path], name.call + 1)
         self._expected = frozenset(
-            name for name, repeated in names if any(tap.pattern.selects(name, repeated) for tap in self._taps)
+            name for name, repeated in names if any(self._selects(tap, name, repeated) for tap in self._taps)
         )
         for tap in self._taps:
-            if not any(tap.pattern.selects(name, repeated) for name, repeated in names):
-                raise LayerError(
-                    f"no layer matches {tap.pattern.text!r}"
-                    f"{nearest(tap.pattern.text, [name.text(repeated) for name, repeated in names])}"
-                )
+            if not any(self._selects(tap, name, repeated) for name, repeated in names):
+                kinds = module_kinds(dict(self._model.named_modules()))
+                layers = {name.text(repeated): kinds.get(name.path, "") for name, repeated in names}
+                raise LayerError(f"no layer matches {tap.pattern.text!r}{nearest(tap.pattern.text, layers)}")

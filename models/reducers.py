@@ -1,17 +1,20 @@
 """Reducers: what is done to a layer's values before they leave the device.
 
-A tap is written `glob@reducer`, several in turn as `glob@mean@norm`. The token mask is boolean [N, T], True for a
-token that counts and False for padding.
+A tap is written `pattern@reducer`, several in turn as `pattern@mean@norm`. The token mask is boolean [N, T], True for
+a token that counts and False for padding.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-REDUCERS: Final = ("none", "mean", "max", "flatten", "cls", "last", "norm", "fp16")
-"""Names of the reducers; `l2norm` is another name of `norm`."""
+from layercast.models.projection import Projection
+
+REDUCERS: Final = ("none", "mean", "max", "flatten", "cls", "last", "norm", "fp16", "projD")
+"""Names of the reducers; `l2norm` is another name of `norm`, `projD` stands for `proj64` or `proj64:SEED`."""
 
 _ALIASES: Final = {"l2norm": "norm"}
 _OF_TOKENS: Final = ("cls", "last")
@@ -22,18 +25,23 @@ class ReducerError(ValueError):
 
 
 def split_tap(tap: str) -> tuple[str, str]:
-    """Split `glob[@reducer[@reducer…]]` into glob and reducers ("none" where there are none), checked."""
-    glob, _, reducers = tap.partition("@")
+    """Split `pattern[@reducer[@reducer…]]` into pattern and reducers ("none" where there are none), checked."""
+    pattern, _, reducers = tap.partition("@")
     reducers = reducers or "none"
     check_reducers(reducers)
-    return glob, reducers
+    return pattern, reducers
 
 
 def check_reducers(reducers: str) -> None:
     """Raise ReducerError unless every name in the `@`-joined `reducers` is known."""
     for name in reducers.split("@"):
-        if _ALIASES.get(name, name) not in REDUCERS:
-            raise ReducerError(f"unknown reducer {name!r}; known: {', '.join(REDUCERS)}")
+        if _ALIASES.get(name, name) not in _STEPS and _projection(name) is None:
+            raise ReducerError(f"unknown reducer {name!r}; known: {', '.join(REDUCERS)} (as proj64 or proj64:SEED)")
+
+
+def gives_floats(reducer: str) -> bool:
+    """Return whether one `reducer` gives float32 for whole numbers."""
+    return _ALIASES.get(reducer, reducer) in ("mean", "norm") or _projection(reducer) is not None
 
 
 def reduce(value: Tensor, reducers: str, token_mask: Tensor | None = None) -> Tensor:
@@ -42,11 +50,16 @@ def reduce(value: Tensor, reducers: str, token_mask: Tensor | None = None) -> Te
     * `mean`, `max`: over space for [N, C, …], over the tokens that count for [N, T, D], nothing for [N, F]
     * `cls`, `last`: the first, the last token that counts of [N, T, D]
     * `flatten`: [N, everything else];  `norm`: each row scaled to Euclidean length 1;  `fp16`: cast to half
+    * `projD`, `projD:SEED`: [N, D], a random projection of everything else, as in `projection.Projection`; tokens that
+      don't count are zeros to it
     A row without any token that counts gives zeros. The result may be a view of `value`.
     """
     for name in reducers.split("@"):
-        step = _STEPS[_ALIASES.get(name, name)]
-        value = step(value, token_mask)
+        projection = _projection(name)
+        if projection is not None:
+            value = _project(projection, value, token_mask)
+        else:
+            value = _STEPS[_ALIASES.get(name, name)](value, token_mask)
     return value
 
 
@@ -61,8 +74,35 @@ def reduced_shape(shape: Sequence[int], reducers: str) -> tuple[int, ...]:
         elif name in ("mean", "max", *_OF_TOKENS) and len(result) == 3:
             result = (result[0], result[2])
         elif name == "flatten":
-            result = (result[0], int(torch.Size(result[1:]).numel()))
+            result = (result[0], _width(result))
+        elif (projection := _projection(name)) is not None:
+            _want_narrow(projection, result)
+            result = (result[0], projection.size)
     return result
+
+
+def _projection(name: str) -> Projection | None:
+    return Projection.parse(name) if name.startswith("proj") else None
+
+
+def _project(projection: Projection, value: Tensor, mask: Tensor | None) -> Tensor:
+    _want_narrow(projection, tuple(value.shape))
+    if value.dim() == 3 and mask is not None:
+        value = torch.where(_keep(value, mask), value, 0)
+    projected = projection(_flatten(value, None))
+    return projected.to(value.dtype) if value.is_floating_point() else projected
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[1:])
+
+
+def _want_narrow(projection: Projection, shape: tuple[int, ...]) -> None:
+    if _width(shape) > projection.widest:
+        raise ReducerError(
+            f"reducer {projection.text} takes at most {projection.widest:,} values a row, a layer of shape "
+            f"{list(shape)} has {_width(shape):,}; reduce it first, for instance @mean@{projection.text}"
+        )
 
 
 def _mean(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -103,3 +103,71 @@ class Timing(_message.Message):
     compute_ns: int
     batch_rows: int
     def __init__(self, queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., batch_rows: _Optional[int] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("model_name", "model_version", "id", "inputs", "method", "targets", "options", "output", "input")
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    model_name: str
+    model_version: str
+    id: str
+    inputs: _containers.RepeatedCompositeFieldContainer[NamedTensor]
+    method: str
+    targets: _containers.RepeatedScalarFieldContainer[int]
+    options: ExplainOptions
+    output: str
+    input: str
+    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., id: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ..., method: _Optional[str] = ..., targets: _Optional[_Iterable[int]] = ..., options: _Optional[_Union[ExplainOptions, _Mapping]] = ..., output: _Optional[str] = ..., input: _Optional[str] = ...) -> None: ...
+
+class ExplainOptions(_message.Message):
+    __slots__ = ("layer", "steps", "baseline", "samples", "noise", "seed", "window", "stride", "upsample", "pool", "residual")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BASELINE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    UPSAMPLE_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    steps: int
+    baseline: float
+    samples: int
+    noise: float
+    seed: int
+    window: _containers.RepeatedScalarFieldContainer[int]
+    stride: _containers.RepeatedScalarFieldContainer[int]
+    upsample: bool
+    pool: str
+    residual: float
+    def __init__(self, layer: _Optional[str] = ..., steps: _Optional[int] = ..., baseline: _Optional[float] = ..., samples: _Optional[int] = ..., noise: _Optional[float] = ..., seed: _Optional[int] = ..., window: _Optional[_Iterable[int]] = ..., stride: _Optional[_Iterable[int]] = ..., upsample: _Optional[bool] = ..., pool: _Optional[str] = ..., residual: _Optional[float] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("model_name", "model_version", "id", "attributions", "targets", "delta", "timing", "warning")
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
+    model_name: str
+    model_version: str
+    id: str
+    attributions: NamedTensor
+    targets: _containers.RepeatedScalarFieldContainer[int]
+    delta: _containers.RepeatedScalarFieldContainer[float]
+    timing: Timing
+    warning: str
+    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., id: _Optional[str] = ..., attributions: _Optional[_Union[NamedTensor, _Mapping]] = ..., targets: _Optional[_Iterable[int]] = ..., delta: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., warning: _Optional[str] = ...) -> None: ...

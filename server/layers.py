@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from layercast.models.layer_names import match_layers, nearest
 from layercast.models.manifest import LayerSpec, Manifest
-from layercast.models.reducers import REDUCERS, ReducerError, reduced_shape, split_tap
+from layercast.models.reducers import REDUCERS, ReducerError, gives_floats, reduced_shape, split_tap
 from layercast.proto.codec import DATATYPES, quoted
 from layercast.server.errors import InvalidArgument, ResourceExhausted
 from layercast.server.work import Tap
@@ -85,11 +85,17 @@ def _check_reducer(layer: LayerSpec, reducer: str, field: str) -> None:
 
 
 def answer_bytes(manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None) -> int:
-    """Return how many bytes the tapped values of `rows` rows take; `length` is the size of dynamic dimensions."""
+    """Return how many bytes the tapped values of `rows` rows take; `length` is the size of dynamic dimensions.
+
+    Raises InvalidArgument when a reducer doesn't fit a layer of that length.
+    """
     total = 0
     for tap in taps:
         layer = manifest.layers_by_path[tap.layer]
-        shape = reduced_shape(_sizes(layer.shape, rows, length), tap.reducer)
+        try:
+            shape = reduced_shape(_sizes(layer.shape, rows, length), tap.reducer)
+        except ReducerError as error:  # a length at which the reducer no longer fits
+            raise InvalidArgument(f"layer {layer.path!r}: {error}") from error
         total += math.prod(shape) * _ITEM_SIZES[reduced_datatype(layer, tap)]
     return total
 
@@ -105,7 +111,7 @@ def reduced_datatype(layer: LayerSpec, tap: Tap) -> str:
     for reducer in tap.reducer.split("@"):
         if reducer == "fp16":
             datatype = "FP16"
-        elif reducer in ("mean", "norm", "l2norm") and datatype not in _FLOATS:
+        elif gives_floats(reducer) and datatype not in _FLOATS:
             datatype = "FP32"
     return datatype
 

@@ -23,6 +23,7 @@ from layercast.server.rest.routes import routes
 from layercast.server.service.administration import AdministrationService, SharedMemoryService
 from layercast.server.service.answering import Answering
 from layercast.server.service.control import ModelControl
+from layercast.server.service.explaining import ExplainService
 from layercast.server.service.features import FeatureService
 from layercast.server.service.inference import InferenceService
 from layercast.server.service.metadata import MetadataService
@@ -63,7 +64,7 @@ class Server:
                 AdministrationService(self.repository),
                 SharedMemoryService(),
             ),
-            FEATURES_SERVICE: (FeatureService(self.repository, answering),),
+            FEATURES_SERVICE: (FeatureService(self.repository, answering), ExplainService(answering)),
         }
         self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection, security)
         rest = routes(services[INFERENCE_SERVICE], self.metrics, settings.max_message_bytes, security)

@@ -21,6 +21,7 @@ and a comment above a block, or above the first one, changes that:
 import json
 import urllib.request
 from collections.abc import Iterator
+from inspect import signature
 from itertools import takewhile
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from serving import Running, running
 from layercast import client
 from layercast.models import zoo
 from layercast.models.artefact import module_from_card
+from layercast.models.explain import METHODS
 from layercast.models.export.writer import export_artefact
 from layercast.models.reducers import REDUCERS
 from layercast.proto.rpc import FEATURES, INFERENCE
@@ -206,6 +208,13 @@ def test_the_table_of_calls_is_what_the_server_answers(zoo_served: Running) -> N
 def test_the_tables_of_datatypes_and_reducers_are_whole() -> None:
     assert {row[0] for row in table(DOCS / "protocol.md", "## Datatypes")} == {*DATATYPES, BFLOAT16}
     assert [row[0] for row in table(DOCS / "features.md", "## Reducers")] == [*REDUCERS]
+
+
+def test_the_table_of_explanations_names_every_method_and_option() -> None:
+    rows = {
+        row[0]: [option for option in row[2].split(", ") if option] for row in table(DOCS / "explain.md", "## Methods")
+    }
+    assert rows == {name: list(signature(method).parameters)[1:] for name, method in METHODS.items()}
 
 
 def test_the_client_page_names_every_method_and_error() -> None:

@@ -95,6 +95,12 @@ FIELDS = {
     " layers=5:string* outputs=6:string*",
     "layercast.v1.ExtractResponse": "model_name=1:string model_version=2:string id=3:string layers=4:NamedTensor*"
     " outputs=5:NamedTensor* timing=6:Timing warning=7:string",
+    "layercast.v1.ExplainRequest": "model_name=1:string model_version=2:string id=3:string inputs=4:NamedTensor*"
+    " method=5:string targets=6:int64* options=7:ExplainOptions output=8:string input=9:string",
+    "layercast.v1.ExplainOptions": "layer=1:string steps=2:int32 baseline=3:double samples=4:int32 noise=5:double"
+    " seed=6:int64 window=7:int32* stride=8:int32* upsample=9:bool pool=10:string residual=11:double",
+    "layercast.v1.ExplainResponse": "model_name=1:string model_version=2:string id=3:string"
+    " attributions=4:NamedTensor targets=5:int64* delta=6:double* timing=7:Timing warning=8:string",
     "layercast.v1.Timing": "queue_ns=1:int64 compute_ns=2:int64 batch_rows=3:int64",
 }
 
@@ -103,7 +109,7 @@ UNARY = {
     " ModelConfig ModelStatistics RepositoryIndex RepositoryModelLoad RepositoryModelUnload SystemSharedMemoryStatus"
     " SystemSharedMemoryRegister SystemSharedMemoryUnregister CudaSharedMemoryStatus CudaSharedMemoryRegister"
     " CudaSharedMemoryUnregister TraceSetting LogSettings",
-    "layercast.v1.FeatureService": "ListLayers Extract",
+    "layercast.v1.FeatureService": "ListLayers Extract Explain",
 }
 
 

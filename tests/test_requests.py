@@ -104,6 +104,8 @@ def test_no_requested_output_means_all_and_an_order_is_kept():
         (["logits", "logits"], "output 'logits' is asked for twice"),
         (["layer:stem", "layer:stem"], "output 'layer:stem' is asked for twice"),
         (["layer:"], "must not be empty"),
+        (["layer:type:Conv1d"], "no layer 'type:Conv1d'; nearest: type:Conv2d"),
+        (["layer:stem@proj64:x"], "unknown reducer 'proj64:x'"),
     ],
 )
 def test_wrong_outputs_get_a_clear_error(names, message):
@@ -118,17 +120,28 @@ def test_a_glob_selects_what_can_be_tapped_in_order():
         "blocks.1@mean",
         "stem",
     ]
+    assert [asked.name for asked in resolve(MANIFEST, ["type:B*@proj8:3"], "layers[{}]")] == [
+        "blocks.0@proj8:3",
+        "blocks.1@proj8:3",
+    ]
 
 
 def test_sizes_are_known_before_anything_runs():
     assert answer_bytes(MANIFEST, [Tap("stem")], 3, None) == 3 * 8 * 4 * 4 * 4
     assert answer_bytes(MANIFEST, [Tap("stem", "mean")], 3, None) == 3 * 8 * 4
     assert answer_bytes(MANIFEST, [Tap("blocks.0"), Tap("blocks.1", "mean@fp16")], 3, 5) == 3 * 5 * 16 * 4 + 3 * 16 * 2
+    assert answer_bytes(MANIFEST, [Tap("stem", "proj6:1")], 3, None) == 3 * 6 * 4
     check_size(MANIFEST, [Tap("stem")], 3, None, limit=1536 + 65536)
     with pytest.raises(ResourceExhausted, match="67,072 bytes for 3 rows, an answer holds 67,071"):
         check_size(MANIFEST, [Tap("stem")], 3, None, limit=67071)
     with pytest.raises(ResourceExhausted, match="67,096 bytes"):
         check_size(MANIFEST, [Tap("stem")], 3, None, limit=67_072, outputs=["logits"])
+
+
+def test_a_length_that_a_projection_cannot_take_is_refused():
+    assert answer_bytes(MANIFEST, [Tap("blocks.0", "proj4096")], 1, 64) == 4096 * 4
+    with pytest.raises(InvalidArgument, match=r"layer 'blocks.0': reducer proj4096 takes at most 1,024 values a row"):
+        answer_bytes(MANIFEST, [Tap("blocks.0", "proj4096")], 1, 65)
 
 
 def test_patterns_are_bounded_and_many_stars_cost_nothing():

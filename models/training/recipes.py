@@ -137,7 +137,7 @@ RECIPES = {
             architecture="ResNetLike",
             data="cifar10",
             augment="photos",
-            epochs=36,
+            epochs=64,
             batch_size=128,
             learning_rate=0.2,
             optimiser="sgd",
@@ -146,7 +146,7 @@ RECIPES = {
             warmup_epochs=2.0,
             gradient_clip=5.0,
             validation=0.02,
-            crop_sizes=((0.55, 24), (0.85, 28)),
+            crop_sizes=((0.35, 24), (0.65, 28)),
         ),
         Recipe(
             name="transformer",

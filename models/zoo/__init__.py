@@ -22,6 +22,7 @@ VERSION: Final = 1
 
 _NOT_EXPORTED: Final = (
     "data",
+    "explain",
     "foreign",
     "training",
     "torch_files.py",
@@ -29,6 +30,8 @@ _NOT_EXPORTED: Final = (
     "loss_targets.py",
     "summary.py",
     "lookup.py",
+    "attention_maps.py",
+    "projection.py",
     "initialise.py",
 )
 """Sources under models/ that an artefact does not depend on."""

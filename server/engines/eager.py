@@ -1,12 +1,17 @@
 """Engine on the `nn.Module` itself: plain predictions, and any layer through forward hooks."""
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layercast.models.artefact import to_numpy
-from layercast.models.hooks import FeatureExtractor, ReducerError
+from layercast.models.explain import ExplainError, Explanation, explain
+from layercast.models.explain.inputs import Inputs as ExplainInputs
+from layercast.models.explain.subject import Progress
+from layercast.models.hooks import FeatureExtractor, LayerError, ReducerError
 from layercast.models.manifest import Manifest
 from layercast.server.engines.base import Inputs, Outputs
 from layercast.server.engines.tensors import to_outputs, to_tensors
@@ -26,6 +31,7 @@ class EagerEngine:
         self._device = device
         self._known = [layer.path for layer in manifest.layers if layer.available]
         self._clone = [layer.path for layer in manifest.layers if layer.clone]
+        self._explained = _double(module)
 
     @property
     def memory_bytes(self) -> int:
@@ -57,6 +63,36 @@ class EagerEngine:
             outputs = to_outputs(result.output, self._manifest.outputs) if predict else {}
             return outputs, {tap: to_numpy(result.features[name]) for tap, name in names.items()}
 
+    def explain(
+        self, inputs: Inputs, method: str, targets: int | Sequence[int] | None, progress: Progress, **arguments: Any
+    ) -> Explanation:
+        """Return the explanation of a batch; may run in any one thread while another runs batches.
+
+        `targets` and `arguments` are those of `models.explain.explain`. InvalidArgument for what it refuses.
+        """
+        if isinstance(self._explained, Exception):
+            raise InvalidArgument(f"this model can't be explained, since its module can't be copied: {self._explained}")
+        tensors = to_tensors(inputs, self._manifest.inputs, self._device)
+        try:
+            of = ExplainInputs(tensors, arguments.get("of")).of
+            mask = self._token_mask({of: tensors[of]})
+            return explain(self._explained, tensors, method, targets, token_mask=mask, progress=progress, **arguments)
+        except (ExplainError, LayerError) as error:
+            raise InvalidArgument(str(error)) from error
+
     def _token_mask(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Return which tokens count, [N, T], for a model with a padded input: reducers leave the others out."""
-        return next((tensors[spec.name] != spec.pad for spec in self._manifest.inputs if spec.pad is not None), None)
+        padded = {spec.name: spec.pad for spec in self._manifest.inputs if spec.pad is not None}
+        return next((tensor != padded[name] for name, tensor in tensors.items() if name in padded), None)
+
+
+def _double(module: nn.Module) -> nn.Module | Exception:
+    """Return the module again with the same parameters and buffers, or why it can't be had.
+
+    Hooks on it don't touch batches that run on the other meanwhile. Made at once, when no batch has hooks on it.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    try:
+        return copy.deepcopy(module, memo)
+    except (RuntimeError, TypeError) as error:  # tensors that are computed, things that have no copy
+        return error

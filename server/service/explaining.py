@@ -1,0 +1,124 @@
+"""Explanations over the wire: `FeatureService.Explain`."""
+
+import math
+from typing import Any, Final
+
+import torch
+
+from layercast.models.artefact import to_numpy
+from layercast.models.explain import Explanation
+from layercast.models.explain.subject import Progress
+from layercast.models.manifest import Manifest
+from layercast.proto.codec import decode_named, named_tensor
+from layercast.proto.messages import ExplainRequest, ExplainResponse, Timing
+from layercast.server.engines.eager import EagerEngine
+from layercast.server.errors import InvalidArgument, ResourceExhausted
+from layercast.server.explaining import Explained, ExplainLane, Job
+from layercast.server.layers import MAX_PATTERN_LENGTH
+from layercast.server.model import ServedModel
+from layercast.server.service.answering import Answered, Answering, decoding, off_loop
+from layercast.server.service.call import Call
+from layercast.server.service.requests import check_inputs, warnings
+from layercast.server.work import Array
+
+MAX_EVALUATIONS: Final = 65_536
+"""Rows that one explanation may run, its steps, samples and windows counted."""
+
+_CHUNK_ROWS: Final = 32
+_ENVELOPE: Final = 64 << 10
+_LARGEST_FLOAT: Final = 8
+
+
+class ExplainService:
+    """Answers `Explain` of `layercast.v1.FeatureService`."""
+
+    def __init__(self, answering: Answering) -> None:
+        self._answering = answering
+        self._lane = ExplainLane()
+
+    async def explain(self, request: ExplainRequest, call: Call) -> ExplainResponse:
+        """How much each value of the inputs counts for what the model answers, row by row."""
+        model = self._answering.find(request.model_name, request.model_version, "features")
+        with self._answering.counted(model, "features") as timer:
+            engine = model.loaded.runner.eager
+            if engine is None:
+                raise InvalidArgument(
+                    f"model {model.manifest.name!r} can't be explained: its code is not trusted here, so that only its "
+                    "exported programs run"
+                )
+            inputs = await off_loop(call.size, _decode, model.manifest, request)
+            rows = len(next(iter(inputs.values())))
+            self._check_size(inputs)
+            job = _job(model, engine, request, inputs)
+            timer.decoded()
+            explained = await self._lane.run(job)
+            timer.ran(Answered([], explained.queue_ns, explained.compute_ns, rows))
+            return await off_loop(
+                call.size, _response, request, model, explained, rows, warnings(model.manifest, inputs)
+            )
+
+    def _check_size(self, inputs: dict[str, Array]) -> None:
+        """Refuse, before anything is computed, an answer that would not fit into a message."""
+        size = max(math.prod(array.shape) for array in inputs.values()) * _LARGEST_FLOAT + _ENVELOPE
+        if size > self._answering.max_bytes:
+            raise ResourceExhausted(
+                f"the attributions may take {size:,} bytes, an answer holds {self._answering.max_bytes:,}; "
+                "send fewer rows"
+            )
+
+
+def _job(model: ServedModel, engine: EagerEngine, request: ExplainRequest, inputs: dict[str, Array]) -> Job:
+    arguments = _arguments(request)
+    each = list(request.targets)
+    targets = each[0] if len(each) == 1 else each or None
+
+    def job(progress: Progress) -> Explanation:
+        torch.set_num_threads(model.loaded.threads)  # each thread has its own number
+        return engine.explain(inputs, request.method, targets, progress, **arguments)
+
+    return job
+
+
+def _decode(manifest: Manifest, request: ExplainRequest) -> dict[str, Array]:
+    with decoding():
+        inputs = decode_named(request.inputs)
+    check_inputs(manifest, inputs, {tensor.name: tensor.datatype for tensor in request.inputs})
+    return {spec.name: inputs[spec.name] for spec in manifest.inputs}
+
+
+def _arguments(request: ExplainRequest) -> dict[str, Any]:
+    """Return the arguments of `models.explain.explain` that the request sets, and the server's own limits."""
+    options: dict[str, Any] = {field.name: value for field, value in request.options.ListFields()}
+    for name in ("window", "stride"):
+        if name in options:
+            sizes = list(options[name])
+            options[name] = sizes[0] if len(sizes) == 1 else sizes
+    if len(options.get("layer", "")) > MAX_PATTERN_LENGTH:
+        raise InvalidArgument(f"the pattern is longer than {MAX_PATTERN_LENGTH} characters", field="options.layer")
+    if options.get("baseline", 0.5).is_integer():
+        options["baseline"] = int(options["baseline"])  # a whole number is a token id where the input is of those
+    return {
+        **options,
+        "of": request.input or None,
+        "output": request.output or None,
+        "chunk_rows": _CHUNK_ROWS,
+        "max_evaluations": MAX_EVALUATIONS,
+    }
+
+
+def _response(
+    request: ExplainRequest, model: ServedModel, explained: Explained, rows: int, warning: str
+) -> ExplainResponse:
+    found = explained.explanation
+    values = to_numpy(found.attributions)
+    delta = found.delta
+    return ExplainResponse(
+        model_name=model.manifest.name,
+        model_version=str(model.manifest.version),
+        id=request.id,
+        attributions=named_tensor("attributions", "FP64" if values.itemsize == _LARGEST_FLOAT else "FP32", values),
+        targets=found.targets.tolist(),
+        delta=[] if delta is None else delta.tolist(),
+        timing=Timing(queue_ns=explained.queue_ns, compute_ns=explained.compute_ns, batch_rows=rows),
+        warning=warning,
+    )
