@@ -4,7 +4,7 @@ PACKAGES := proto models server client
 TYPED := $(addprefix build/typed/layercast/,$(PACKAGES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test soak fuzz check format proto clean
+.PHONY: help setup serve test soak fuzz overload check format proto clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ fuzz: ## coverage-guided fuzzing of the decoders, FUZZ_SECONDS each (default 60)
 	@$(PYTHON_BIN) -c 'import atheris' 2>/dev/null || $(PYTHON_BIN) -m pip install -q 'atheris>=3'
 	for target in infer extract; do \
 	  PYTHONPATH=tests $(PYTHON_BIN) -m fuzz $$target -max_total_time=$(or $(FUZZ_SECONDS),60) || exit 1; done
+
+overload: ## goodput, latency and probes at ten times a model's capacity; ARGS="--seconds 60"
+	@scripts/setup.sh dev
+	$(PYTHON_BIN) benchmarks/overload.py $(ARGS)
 
 check: $(TYPED) ## lint, formatting, types, Dockerfile
 	@scripts/setup.sh dev

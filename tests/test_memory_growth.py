@@ -24,6 +24,7 @@ CALLERS, WARM_UP, MEASURED = 8, 150, 300
 
 LEAKY = """
 import torch
+from torch import nn
 
 
 class Leaky(nn.Module):

@@ -55,7 +55,6 @@ DOCUMENTS = {
     "no data": ({"inputs": [{**GOOD, "data": None}]}, "want a list of values, got null"),
     "neither data nor size": (given(parameters={}) | {"inputs": [{k: v for k, v in GOOD.items() if k != "data"}]}, "neither data nor"),
     "both data and size": (given(parameters={"binary_data_size": 0}), "both data and the parameter binary_data_size"),
-    "shared memory": (given(parameters={"shared_memory_region": "r"}), "shared memory is not supported"),
     "id a number": (given() | {"id": 4}, "id must be a string"),
     "half a surrogate": (b'{"id": "\\ud800", "inputs": []}', "half of a surrogate pair"),
     "parameters a list": (given() | {"parameters": [1]}, "parameters must be an object"),
@@ -84,6 +83,12 @@ def test_a_wrong_document_is_refused_with_the_reason(served, modules, case):
     assert re.search(text, got.error), got.error
     assert len(got.error) < 1000
     assert "Traceback" not in got.error
+    assert_answers(served, modules)
+
+
+def test_shared_memory_is_not_offered(served, modules):
+    got = infer(served, "shared", given(parameters={"shared_memory_region": "r"}))
+    assert (got.status, "shared memory is not offered" in got.error) == (501, True)
     assert_answers(served, modules)
 
 

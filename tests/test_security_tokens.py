@@ -48,12 +48,12 @@ def guarded(one_model, tmp_path_factory):
     entries = [entry(scope, token, f'["{scope}"]') for scope, token in TOKENS.items()]
     path.write_text("\n".join(entries) + entry("both", "token-both-0123456789abcdef", '["predict", "features"]'))
     path.chmod(0o600)
-    with running(one_model, engine="eager", token_file=path) as server:
+    with running(one_model, engine="eager", token_file=path, model_control="explicit") as server:
         yield server
 
 
 def status(server, name: str, authorization: str | None) -> grpc.StatusCode:
-    """The status of an RPC called with an empty message and this header."""
+    """The status of an RPC called with an empty message and this header; UNKNOWN for what nobody at all may do."""
     method = METHODS[name]
     metadata = [("authorization", authorization)] if authorization is not None else []
     try:
@@ -62,7 +62,7 @@ def status(server, name: str, authorization: str | None) -> grpc.StatusCode:
         else:
             server.channel.unary_unary(method.path)(b"", metadata=metadata, timeout=20)
     except grpc.RpcError as error:
-        return error.code()
+        return grpc.StatusCode.UNKNOWN if "shared memory is off" in error.details() else error.code()
     return grpc.StatusCode.OK
 
 
@@ -159,7 +159,7 @@ ROUTES = {
     "GET /v2/models/shared": "metadata", "GET /v2/models/shared/config": "metadata",
     "GET /v2/models/shared/versions/1/stats": "metadata", "POST /v2/repository/index": "metadata",
     "POST /v2/models/shared/infer": "predict", "POST /v2/models/shared/versions/1/infer": "predict",
-    "POST /v2/repository/models/shared/load": "admin", "POST /v2/repository/models/shared/unload": "admin",
+    "POST /v2/repository/models/nobody/load": "admin", "POST /v2/repository/models/nobody/unload": "admin",
     "GET /v2/logging": "admin", "POST /v2/logging": "admin", "POST /v2/models/shared/trace/setting": "admin",
     "GET /v2/systemsharedmemory/status": "metadata", "POST /v2/cudasharedmemory/unregister": "admin",
 }  # fmt: skip
@@ -194,7 +194,7 @@ def test_no_token_is_written_anywhere(guarded, caplog):
     wrong = "wrong-0123456789abcdef"
     for token in (wrong, TOKENS["predict"]):
         status(guarded, "RepositoryModelLoad", f"Bearer {token}")
-        got = call(guarded, "POST", "/v2/repository/models/shared/load", {}, {"Authorization": f"Bearer {token}"})
+        got = call(guarded, "POST", "/v2/repository/models/nobody/load", {}, {"Authorization": f"Bearer {token}"})
         assert token not in got.body.decode()
     seen = caplog.text + get(guarded.metrics) + repr(vars(guarded.server))
     client = Client(guarded.url, token=TOKENS["predict"])

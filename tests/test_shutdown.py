@@ -94,7 +94,8 @@ def test_sigterm_says_not_ready_then_refuses_what_comes_and_answers_what_was_adm
                 get(f"http://127.0.0.1:{ports[2]}/v2/health/ready")
             # Whoever has not heard of it yet is answered while the delay lasts.
             calls += [infer.future(tiny.request(), timeout=60) for _ in range(4)]
-            assert refusal(infer).code() is grpc.StatusCode.UNAVAILABLE
+            # A call that meets the very moment at which grpc closes its port is cancelled by grpc itself.
+            assert refusal(infer).code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
             for call in calls:
                 assert np.allclose(tiny.values(call.result()), tiny.expected(1), atol=1e-5)
         assert "stopped" in server.rest()
