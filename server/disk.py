@@ -111,7 +111,7 @@ def _wrong(path: Path, root: Path, size: int | None) -> str:
     """Return why `path` can't be read as a whole file of `size` bytes (None for any), or ""."""
     try:
         state = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have is a ValueError
         return f"{path.name} is missing, so the version is still being copied or is no artefact"
     if not path.resolve().is_relative_to(root.resolve()):
         return f"{path.name} is a link that leads out of the repository"
@@ -134,7 +134,7 @@ def _manifest(path: Path, inode: int, size: int, modified: int) -> tuple[bytes, 
         return digest, None
     try:
         listed = [(str(name), int(entry["bytes"])) for name, entry in manifest["files"].items()]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         listed = []  # a load says what is wrong with it
     plain = [(name, size) for name, size in listed if name not in ("", ".", "..") and not set(name) & set("/\\\0")]
     return digest, tuple(plain)

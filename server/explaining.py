@@ -9,10 +9,14 @@ from typing import Final
 
 from layercast.models.explain import Explanation
 from layercast.models.explain.subject import Progress
-from layercast.server.errors import Unavailable
+from layercast.server.batching.instance import harmless
+from layercast.server.errors import DeadlineCancelled, DeadlineExceeded, Unavailable
 
 MAX_WAITING: Final = 16
 """Explanations that may wait for the one that runs; more are refused."""
+
+_SLACK: Final = 0.02
+"""Seconds by which a transport may cancel a call before its deadline."""
 
 Job = Callable[[Progress], Explanation]
 
@@ -41,8 +45,25 @@ class ExplainLane:
         self._free = asyncio.Semaphore(1)
         self._waiting = 0
 
-    async def run(self, job: Job) -> Explained:
-        """Run `job` and return what it gives. Raises Unavailable when too many wait, and what the job raises."""
+    async def run(self, job: Job, deadline: float | None = None) -> Explained:
+        """Run `job` and return what it gives.
+
+        Raises Unavailable when too many wait, DeadlineExceeded when the `deadline`, on the event loop's clock, passes,
+        and what the job raises. A caller whom the deadline cancels an instant before is told apart from others.
+        """
+        try:
+            async with asyncio.timeout_at(deadline) as timeout:
+                return await self._run(job)
+        except TimeoutError:
+            if not timeout.expired():  # the job's own
+                raise
+            raise DeadlineExceeded("the deadline passed before the explanation; allow more time or ask less") from None
+        except asyncio.CancelledError:
+            if deadline is not None and asyncio.get_running_loop().time() >= deadline - _SLACK:
+                raise DeadlineCancelled from None
+            raise
+
+    async def _run(self, job: Job) -> Explained:
         if self._waiting >= MAX_WAITING:
             raise Unavailable(f"{self._waiting} explanations wait already, and no more may; try again later")
         arrived = time.perf_counter_ns()
@@ -64,8 +85,8 @@ class ExplainLane:
             explanation, error = None, None
             try:
                 explanation = job(_watch(gone))
-            except Exception as raised:
-                error = raised
+            except BaseException as raised:
+                error = harmless(raised)
             try:
                 loop.call_soon_threadsafe(self._ended, future, explanation, error)
             except RuntimeError:  # the loop is closed: nobody is there to be told

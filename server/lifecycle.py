@@ -117,11 +117,15 @@ class Server:
         until = asyncio.get_running_loop().time() + self._settings.drain_seconds
         drained = await _ends(self.repository.drain(), until)
         # Handlers send their answers, and are cut off, which callers see as Unavailable, when time is up.
-        await self._grpc.stop(max(_CLOSING_SECONDS, until - asyncio.get_running_loop().time()))
+        until = max(until, asyncio.get_running_loop().time() + _CLOSING_SECONDS)
+        left = until - asyncio.get_running_loop().time()
+        sent = await asyncio.gather(
+            _ends(self._grpc.stop(left), until + _CLOSING_SECONDS), _ends(self._http.stop(left), until)
+        )
         until = asyncio.get_running_loop().time() + _CLOSING_SECONDS
-        closing = (self.repository.close(), self._http.stop(), self._metrics_http.stop())
+        closing = (self.repository.close(), self._metrics_http.stop(_CLOSING_SECONDS))
         await asyncio.gather(*(_ends(step, until) for step in closing))
-        return drained
+        return drained and all(sent)
 
     def _root(self) -> Path:
         if self._settings.repository is not None:

@@ -30,6 +30,8 @@ _TIMED_ROWS: Final = 8
 _TIMED_RUNS: Final = 7
 # torch.export programs load slowly and run as eager does here; they are used when asked for.
 _CANDIDATES: Final[tuple[EngineName, ...]] = ("onnx", "torchscript")
+_CODE: Final[tuple[EngineName, ...]] = ("torchscript", "exported")
+"""Programs that are code: of artefacts that are not trusted they run only when asked for by name."""
 
 
 class LoadError(Exception):
@@ -143,7 +145,9 @@ def _engines(source: _Source, asked: EngineName) -> dict[EngineName, Engine]:
     manifest, untrusted = source.manifest, source.untrusted
     eager = source.eager()
     engines: dict[EngineName, Engine] = {"eager": eager} if eager else {}
-    wanted = [name for name in _CANDIDATES if name in manifest.programs] if asked == "auto" else [asked]
+    # What TorchScript and torch.export programs can do as they load and run is not bounded: reading files, for one.
+    candidates = [name for name in _CANDIDATES if name in manifest.programs and not (untrusted and name in _CODE)]
+    wanted = candidates if asked == "auto" else [asked]
     for name in wanted:
         if name == "eager":
             continue
@@ -158,7 +162,8 @@ def _engines(source: _Source, asked: EngineName) -> dict[EngineName, Engine]:
     if asked == "eager" and untrusted:
         raise EngineError(f"engine eager is asked for, but {untrusted}")
     if not engines:
-        also = ", or set engine to exported, whose program can run code as it loads" * ("exported" in manifest.programs)
+        others = " or ".join(name for name in _CODE if name in manifest.programs)
+        also = f", or set engine to {others}, whose program can run code" if others else ""
         raise EngineError(f"no program of it can run without its module, and {untrusted}{also}")
     return engines
 

@@ -1,6 +1,8 @@
 """A model version that answers: its manifest, its runners, its batcher, its counts."""
 
-from collections.abc import Hashable, Mapping, Sequence
+import asyncio
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,9 +72,28 @@ class ServedModel:
         self.monitor = monitor
         self._dynamic_outputs = any(spec.dynamic_dimensions() for spec in loaded.manifest.outputs)
         self._padded = next((spec.name for spec in loaded.manifest.inputs if spec.pad is not None), None)
+        self._holders = 0
+        self._free = asyncio.Event()
+        self._free.set()
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the model, which a newer one may replace meanwhile, until the body has ended."""
+        self._holders += 1
+        self._free.clear()
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if not self._holders:
+                self._free.set()
+
+    async def released(self) -> None:
+        """Return when nobody holds the model."""
+        await self._free.wait()
 
     async def run(
         self, inputs: Mapping[str, Array], rows: int, taps: tuple[Tap, ...], predict: bool, terms: Terms

@@ -16,13 +16,14 @@ from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import MANIFEST_FILE
 from layercast.server import disk, memory
 from layercast.server.disk import OnDisk
-from layercast.server.errors import InvalidArgument, StartError, Unavailable
+from layercast.server.errors import MAX_MESSAGE, InvalidArgument, StartError, Unavailable
 from layercast.server.index import UNLOADED, Index, Version
 from layercast.server.loader import LoadError, load
 from layercast.server.metrics import Metrics
 from layercast.server.model import Loaded, ServedModel
 from layercast.server.monitor import ModelMonitor
 from layercast.server.settings import ModelSettings, Settings
+from layercast.server.text import fit
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,8 @@ class Repository(Index):
     async def drain(self) -> None:
         """Refuse new requests on every model and return once the admitted ones are answered."""
         self.stop()
-        await asyncio.gather(*(model.batcher.drain() for model in self._served()), *self._retiring.values())
+        draining = [model.batcher.drain() for model in self._served()]
+        await asyncio.gather(*draining, *(model.released() for model in self._served()), *self._retiring.values())
 
     async def close(self) -> None:
         """Stop every model; rows still waiting fail with Unavailable. A load that runs is left to itself."""
@@ -177,8 +179,9 @@ class Repository(Index):
             if (loaded.manifest.name, loaded.manifest.version) != (entry.name, entry.number):
                 raise LoadError(f"its manifest is of {loaded.manifest.name!r} version {loaded.manifest.version}")
         except LoadError as error:
-            entry.reason = str(error)
-            logger.error("model %s version %d can't be served: %s", entry.name, entry.number, error)
+            # Names in it come from files that anyone may have written.
+            entry.reason = fit(str(error), MAX_MESSAGE)
+            logger.error("model %s version %d can't be served: %s", entry.name, entry.number, entry.reason)
         except Exception:
             entry.reason = "it failed to load; the server's log says why"
             logger.exception("model %s version %d failed to load", entry.name, entry.number)
@@ -210,7 +213,7 @@ class Repository(Index):
         """Forget versions that are no more on disk."""
         for number in numbers:
             entry = self._models[name].pop(number)
-            logger.info("model %s version %d is no more in the repository", name, number)
+            logger.info("model %s version %d is no more to be served", name, number)
             self._out(entry)
         if not self._models[name]:
             del self._models[name]
@@ -232,6 +235,9 @@ class Repository(Index):
         self._retiring[model] = asyncio.create_task(self._let_go(entry, model))
 
     async def _let_go(self, entry: Version, model: ServedModel) -> None:
+        # A request that came to this model may still be decoded; it is answered, not refused.
+        model.batcher.hurry()
+        await model.released()
         await model.batcher.drain()
         await model.batcher.close()
         del self._retiring[model]

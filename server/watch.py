@@ -49,6 +49,8 @@ class Watcher:
                 if not self._unreadable:
                     logger.error("the repository can't be watched, what serves goes on: %s", error)
                 self._unreadable = True
+            except Exception:
+                logger.exception("a look at the repository failed; what serves goes on, and so does watching")
             else:
                 self._unreadable = False
             self.looks += 1

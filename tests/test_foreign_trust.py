@@ -173,12 +173,13 @@ def test_a_manifest_that_names_a_function_of_the_system_calls_nothing(artefact, 
     assert not marker.exists()
 
 
-def test_a_program_that_could_run_code_is_not_taken_unasked(artefact):
+@pytest.mark.parametrize("program", ["torchscript", "exported"])
+def test_a_program_that_could_run_code_is_not_taken_unasked(artefact, program):
     manifest = json.loads((artefact / "shared/1/manifest.json").read_text())
-    directory = rewrite(artefact, architecture="room:Net", programs={"exported": manifest["programs"]["exported"]})
-    with pytest.raises(LoadError, match=r"--trust room:Net, or set engine to exported"):
+    directory = rewrite(artefact, architecture="room:Net", programs={program: manifest["programs"][program]})
+    with pytest.raises(LoadError, match=f"--trust room:Net, or set engine to {program}"):
         load(directory, ModelSettings(), 1)
-    assert load(directory, ModelSettings(engine="exported"), 1).runner.fast.name == "exported"
+    assert load(directory, ModelSettings(engine=program), 1).runner.fast.name == program
 
 
 def test_code_in_an_artefact_is_checked_like_every_file(artefact):

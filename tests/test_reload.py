@@ -17,6 +17,7 @@ from serving import running
 
 from layercast.models.manifest import file_entry
 from layercast.proto.messages import ModelReadyRequest, RepositoryModelUnloadRequest, ServerReadyRequest
+from layercast.server.work import Terms
 
 RELOADS = int(os.environ.get("LAYERCAST_TEST_RELOADS", "20"))
 CLIENTS = 8
@@ -180,6 +181,52 @@ def test_a_request_that_waits_is_answered_by_the_version_it_came_to(server, root
     tiny.load(server)
     assert close(tiny.answered(server), 2)
     assert close(tiny.values(waiting.result()), 1)
+
+
+def test_a_request_that_is_still_decoded_is_answered_by_the_version_it_came_to(server, root):
+    old = server.server.repository.find("tiny", "")
+    held = old.held()
+    server.on_loop(held.__enter__)
+    try:
+        tiny.write(root, 1, seed=2)
+        tiny.load(server)
+        assert close(tiny.answered(server), 2)
+        answers = server.wait(old.run({"x": tiny.ROWS}, len(tiny.ROWS), (), True, Terms()))
+        assert close(answers[0].outputs["output"], 1)
+    finally:
+        server.on_loop(lambda: held.__exit__(None, None, None))
+    while server.on_loop(lambda: server.server.repository._retiring):
+        pass
+    assert old.batcher.draining
+
+
+HOSTILE = {
+    "endless": lambda files: files["weights.safetensors"].update(bytes=1e999),
+    "no file's name": lambda files: files.update({chr(0xD800): files["weights.safetensors"]}),
+    "no text": lambda files: files.update({chr(0xDC80): files["weights.safetensors"]}),
+    "a forged line": lambda files: files.update({"x\n\x1b[31m" + "y" * 5000: files["weights.safetensors"]}),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_manifest_costs_nobody_else_anything(tmp_path, change):
+    tiny.write(tmp_path, 1, seed=1)
+    hostile = tiny.write(tmp_path, 1, seed=1, name="hostile")
+    tiny.edit_manifest(hostile, lambda manifest: change(manifest["files"]))
+    with running(tmp_path, engine="eager", model_control="explicit", watch=0.05) as server:
+        while ("hostile", "1") not in tiny.index(server):  # watched, it might be a copy that goes on
+            pass
+        while tiny.index(server)["hostile", "1"][0] == "LOADING":
+            pass
+        state, reason = tiny.index(server)["hostile", "1"]
+        assert (state, reason.isprintable(), len(reason) <= 1100) == ("UNAVAILABLE", True, True)
+        with pytest.raises(grpc.RpcError) as refused:
+            tiny.load(server, "hostile")
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        looks = server.server.watcher.looks
+        while server.server.watcher.looks < looks + 2:
+            pass
+        assert close(tiny.answered(server), 1)
 
 
 @pytest.mark.parametrize("way", ["unloaded", "replaced"])

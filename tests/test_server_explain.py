@@ -12,7 +12,7 @@ from test_server_inference import INPUTS, offline, request, rows_for, values_of
 
 from layercast.models.explain import METHODS, Explanation, explain
 from layercast.proto.messages import ExplainOptions, ExplainRequest
-from layercast.server.errors import Unavailable
+from layercast.server.errors import DeadlineCancelled, DeadlineExceeded, Unavailable
 from layercast.server.explaining import MAX_WAITING, ExplainLane
 
 OPTIONS = {
@@ -171,3 +171,34 @@ async def test_the_lane_stops_an_abandoned_one_after_its_chunk_and_passes_errors
     with pytest.raises(ValueError, match="no"):
         await lane.run(broken)
     assert stopped.is_set()
+
+
+@pytest.mark.parametrize("raised", [StopIteration, SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+async def test_whatever_a_model_raises_the_lane_goes_on(raised):
+    lane, found = ExplainLane(), Explanation(torch.zeros(1), torch.zeros(1))
+
+    def broken(progress):
+        raise raised
+
+    with pytest.raises(RuntimeError, match=f"the model raised {raised.__name__}"):
+        await asyncio.wait_for(lane.run(broken), 10)
+    assert (await asyncio.wait_for(lane.run(lambda progress: found), 10)).explanation is found
+
+
+async def test_the_lane_tells_a_deadline_from_a_caller_who_leaves():
+    lane, go, now = ExplainLane(), threading.Event(), asyncio.get_running_loop().time
+
+    def long(progress):
+        assert go.wait(10)
+        progress(1, 1)
+
+    with pytest.raises(DeadlineExceeded):
+        await lane.run(long, now() + 0.05)
+    for deadline, kind in ((now() + 0.01, DeadlineCancelled), (now() + 60, asyncio.CancelledError)):
+        task = asyncio.create_task(lane.run(long, deadline))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as ended:
+            await task
+        assert type(ended.value) is kind
+    go.set()

@@ -52,7 +52,7 @@ class Batcher:
         self._gate.set()
         self._settled = asyncio.Event()
         self._settled.set()
-        self._draining = False
+        self._draining = self._hurried = False
         self._loop = asyncio.get_running_loop()
         self._instances = [Instance(f"layercast-{name}-{at}", run, prepare) for at, run in enumerate(runs)]
         self._tasks = [
@@ -64,6 +64,11 @@ class Batcher:
     def limits(self) -> Limits:
         """The limits in force."""
         return self._limits
+
+    @property
+    def draining(self) -> bool:
+        """Whether new works are refused."""
+        return self._draining
 
     @property
     def instances(self) -> int:
@@ -124,10 +129,15 @@ class Batcher:
         self._gate.set()
         self._wake.set()
 
+    def hurry(self) -> None:
+        """Let no batch wait for more rows from now on: few will come."""
+        self._hurried = True
+        self.release()
+
     async def drain(self, seconds: float | None = None) -> bool:
         """Refuse new works and wait until every admitted one is answered, so long at most; tell whether they are."""
         self._draining = True
-        self.release()
+        self.hurry()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._settled.wait(), seconds)
         return self._settled.is_set()
@@ -229,7 +239,7 @@ class Batcher:
         while True:
             await self._gate.wait()
             now = time.perf_counter_ns()
-            gathered = gather(self._queue, self._limits, self._pace, now, self._draining)
+            gathered = gather(self._queue, self._limits, self._pace, now, self._hurried)
             for work in gathered.dropped:
                 self._end(work.parts, _too_late())
             if batch := gathered.batch:

@@ -56,14 +56,14 @@ class Instance:
             try:
                 ran = Ran(self._run(works), time.perf_counter_ns() - start)
             except BaseException as raised:
-                error = _harmless(raised)
+                error = harmless(raised)
             try:
                 self._loop.call_soon_threadsafe(_deliver, future, ran, error)
             except RuntimeError:  # the loop is closed: nobody is there to be told
                 return
 
 
-def _harmless(raised: BaseException) -> Exception:
+def harmless(raised: BaseException) -> Exception:
     """Return an exception that a future takes and that ends neither the loop nor a task."""
     if isinstance(raised, Exception) and not isinstance(raised, StopIteration):
         return raised

@@ -94,5 +94,5 @@ def _double(module: nn.Module) -> nn.Module | Exception:
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     try:
         return copy.deepcopy(module, memo)
-    except (RuntimeError, TypeError) as error:  # tensors that are computed, things that have no copy
+    except Exception as error:  # tensors that are computed, things that have no copy, code that is anyone's
         return error

@@ -38,7 +38,7 @@ class OnnxEngine:
             try:
                 self._session = onnxruntime.InferenceSession(path, options, providers=providers)
             except Exception as error:  # its exceptions share no class of their own
-                raise not_loaded(manifest.programs["onnx"], error, path) from error
+                raise not_loaded(manifest.programs[name], error, path) from error
         # Asked for a provider that it can't load, ONNX Runtime falls back to the CPU without an error.
         if self._session.get_providers()[0] != providers[0]:
             raise EngineError(f"ONNX Runtime has no working {providers[0]}; it would run on the CPU unasked")

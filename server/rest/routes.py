@@ -1,5 +1,6 @@
 """The paths of REST v2, and what each asks of the service."""
 
+import dataclasses
 import functools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -105,6 +106,7 @@ async def _infer(context: Context, request: Request) -> Response:
     call, headers = call_of(request), request.headers
     names = request.path_params["model"], request.path_params.get("version", "")
     body = await read_body(request, context.max_bytes)
+    call = dataclasses.replace(call, size=len(body))
     length = json_length(headers.get(JSON_LENGTH), len(body))
     if length:
         read = functools.partial(read_request, *names, body, length)

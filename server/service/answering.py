@@ -93,7 +93,8 @@ class Answering:
         timer, monitor = Timer(), model.monitor
         monitor.inflight.inc()
         try:
-            yield timer
+            with model.held():
+                yield timer
         except ServingError as error:
             monitor.failed(kind, error.code.name, timer.elapsed())
             raise

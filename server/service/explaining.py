@@ -12,7 +12,7 @@ from layercast.models.manifest import Manifest
 from layercast.proto.codec import decode_named, named_tensor
 from layercast.proto.messages import ExplainRequest, ExplainResponse, Timing
 from layercast.server.engines.eager import EagerEngine
-from layercast.server.errors import InvalidArgument, ResourceExhausted
+from layercast.server.errors import InvalidArgument, ResourceExhausted, Unavailable
 from layercast.server.explaining import Explained, ExplainLane, Job
 from layercast.server.layers import MAX_PATTERN_LENGTH
 from layercast.server.model import ServedModel
@@ -41,6 +41,8 @@ class ExplainService:
         model = self._answering.find(request.model_name, request.model_version, "features")
         with self._answering.counted(model, "features") as timer:
             engine = model.loaded.runner.eager
+            if model.batcher.draining:
+                raise Unavailable(f"model {model.manifest.name!r} is shutting down and takes no new requests")
             if engine is None:
                 raise InvalidArgument(
                     f"model {model.manifest.name!r} can't be explained: its code is not trusted here, so that only its "
@@ -51,7 +53,7 @@ class ExplainService:
             self._check_size(inputs)
             job = _job(model, engine, request, inputs)
             timer.decoded()
-            explained = await self._lane.run(job)
+            explained = await self._lane.run(job, call.deadline)
             timer.ran(Answered([], explained.queue_ns, explained.compute_ns, rows))
             return await off_loop(
                 call.size, _response, request, model, explained, rows, warnings(model.manifest, inputs)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import socket
 import ssl
 from collections.abc import Iterator
@@ -68,7 +69,6 @@ class HttpFrontEnd:
             access_log=False,
             lifespan="off",
             timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=2,
             server_header=False,
         )
         config.load()
@@ -96,8 +96,9 @@ class HttpFrontEnd:
             raise RuntimeError("this is a bug: start before bind")
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
 
-    async def stop(self) -> None:
-        """Close the port and let running requests end."""
+    async def stop(self, seconds: float) -> None:
+        """Close the port and let running requests end, for so long at most."""
+        self._server.config.timeout_graceful_shutdown = max(1, math.ceil(seconds))
         self._server.should_exit = True
         if self._task:
             await self._task
