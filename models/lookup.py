@@ -56,8 +56,7 @@ def find(name: str, arguments: Mapping[str, Any], trust: Trust) -> Found:
 
 def _built(name: str, arguments: Mapping[str, Any]) -> Found:
     try:
-        trust = Trust.of([name] if ":" in name else [])  # the person who names it means it to run
-        module = artefact.build(name, arguments, trust).eval()
+        module = artefact.build(name, arguments, Trust.naming(name, is_file=False)).eval()
     except ValueError as error:
         raise RequestError(str(error)) from error
     specs = registry.input_specs(module)

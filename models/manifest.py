@@ -235,12 +235,10 @@ class Manifest(_Strict):
         (Path(directory) / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     def verify_files(self, directory: Path | str) -> None:
-        """Compare size and sha256 of every listed file; ManifestError names the first that differs."""
-        for name in self.files:
-            self.read_verified(directory, name)
+        """Compare size and sha256 of every listed file; ManifestError names one that differs.
 
-    def verify_rest(self, directory: Path | str) -> None:
-        """Verify the listed files that `read_verified` of this object has not read, so that none is hashed twice."""
+        Those that `read_verified` of this object has read are verified already, and not hashed twice.
+        """
         for name in self.files.keys() - self._read:
             self.read_verified(directory, name)
 

@@ -9,14 +9,12 @@ from typing import Final
 
 from layercast.models.explain import Explanation
 from layercast.models.explain.subject import Progress
-from layercast.server.batching.instance import harmless
+from layercast.server.batching.instance import deliver, harmless
+from layercast.server.batching.policy import slack_of
 from layercast.server.errors import DeadlineCancelled, DeadlineExceeded, Unavailable
 
 MAX_WAITING: Final = 16
 """Explanations that may wait for the one that runs; more are refused."""
-
-_SLACK: Final = 0.02
-"""Seconds by which a transport may cancel a call before its deadline."""
 
 Job = Callable[[Progress], Explanation]
 
@@ -51,6 +49,8 @@ class ExplainLane:
         Raises Unavailable when too many wait, DeadlineExceeded when the `deadline`, on the event loop's clock, passes,
         and what the job raises. A caller whom the deadline cancels an instant before is told apart from others.
         """
+        clock = asyncio.get_running_loop().time
+        slack = 0.0 if deadline is None else slack_of(deadline - clock())
         try:
             async with asyncio.timeout_at(deadline) as timeout:
                 return await self._run(job)
@@ -59,7 +59,7 @@ class ExplainLane:
                 raise
             raise DeadlineExceeded("the deadline passed before the explanation; allow more time or ask less") from None
         except asyncio.CancelledError:
-            if deadline is not None and asyncio.get_running_loop().time() >= deadline - _SLACK:
+            if deadline is not None and clock() >= deadline - slack:
                 raise DeadlineCancelled from None
             raise
 
@@ -108,12 +108,7 @@ class ExplainLane:
         self, future: "asyncio.Future[Explanation]", explanation: Explanation | None, error: Exception | None
     ) -> None:
         self._free.release()
-        if future.done():
-            return
-        if explanation is not None:
-            future.set_result(explanation)
-        elif error is not None:
-            future.set_exception(error)
+        deliver(future, explanation, error)
 
 
 def _watch(gone: threading.Event) -> Progress:

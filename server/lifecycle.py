@@ -114,15 +114,16 @@ class Server:
         self.repository.stop()
         self._grpc.shut_health()
         await asyncio.sleep(self._settings.drain_delay_seconds)
-        until = asyncio.get_running_loop().time() + self._settings.drain_seconds
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._settings.drain_seconds
         drained = await _ends(self.repository.drain(), until)
         # Handlers send their answers, and are cut off, which callers see as Unavailable, when time is up.
-        until = max(until, asyncio.get_running_loop().time() + _CLOSING_SECONDS)
-        left = until - asyncio.get_running_loop().time()
+        left = max(until - clock(), _CLOSING_SECONDS)
+        until = clock() + left
         sent = await asyncio.gather(
             _ends(self._grpc.stop(left), until + _CLOSING_SECONDS), _ends(self._http.stop(left), until)
         )
-        until = asyncio.get_running_loop().time() + _CLOSING_SECONDS
+        until = clock() + _CLOSING_SECONDS
         closing = (self.repository.close(), self._metrics_http.stop(_CLOSING_SECONDS))
         await asyncio.gather(*(_ends(step, until) for step in closing))
         return drained and all(sent)

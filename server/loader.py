@@ -87,7 +87,7 @@ def load(directory: Path, settings: ModelSettings, threads: int, trust: Trust = 
         source = _Source(directory, manifest, device, own, trust, refusal(manifest, trust))
         engines = _engines(source, settings.engine)
         recorded = golden(directory, manifest)
-        manifest.verify_rest(directory)  # what was loaded was verified as it was read
+        manifest.verify_files(directory)  # what was loaded was verified as it was read
     for engine in engines.values():
         _check_golden(engine, recorded, manifest)
     fast = _fastest(manifest, engines, recorded) if settings.engine == "auto" else settings.engine

@@ -103,6 +103,14 @@ def repository(modules: dict[str, nn.Module], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
+def one_model(modules: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of one small model, for tests that start servers of their own."""
+    root = tmp_path_factory.mktemp("one")
+    export_artefact(modules["shared"], card_of("shared"), root / "shared" / "1", programs=("torchscript",))
+    return root
+
+
+@pytest.fixture(scope="session")
 def served(repository: Path) -> Iterator[Running]:
     """A server on that repository, shared by tests that leave it as they found it; batches hold 16 rows."""
     with running(repository, max_batch=16) as server:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numeric import Model, asked, identity, numeric
+from test_codec import EXAMPLES, RAW_ONLY
 
 from layercast.proto.codec import decode_outputs, tensor_bytes
 from layercast.proto.messages import ModelInferRequest
@@ -14,22 +15,11 @@ from layercast.proto.rpc import INFERENCE
 from layercast.server.service import inference
 from layercast.server.settings import ModelSettings
 
-# datatype -> field of the typed form, a row of two elements, its bytes as a hand-written table
+# datatype -> field of the typed form, a row of two elements, its bytes
 ROWS = {
-    "BOOL": ("bool_contents", [True, False], "0100"),
-    "INT8": ("int_contents", [-128, 127], "807f"),
-    "INT16": ("int_contents", [-2, 32767], "feffff7f"),
-    "INT32": ("int_contents", [-(2**31), 5], "0000008005000000"),
-    "INT64": ("int64_contents", [-1, 2**62], "ffffffffffffffff0000000000000040"),
-    "UINT8": ("uint_contents", [0, 255], "00ff"),
-    "UINT16": ("uint_contents", [1, 65535], "0100ffff"),
-    "UINT32": ("uint_contents", [1, 2**32 - 1], "01000000ffffffff"),
-    "UINT64": ("uint64_contents", [1, 2**64 - 1], "0100000000000000ffffffffffffffff"),
-    "FP32": ("fp32_contents", [1.0, -0.5], "0000803f000000bf"),
-    "FP64": ("fp64_contents", [1.0, -0.5], "000000000000f03f000000000000e0bf"),
+    **EXAMPLES,
     "BYTES": ("bytes_contents", [b"\x00a\xff", b""], "030000000061ff00000000"),
-    "FP16": (None, [1.0, -0.5], "003c00b8"),
-    "BF16": (None, [1.0, -0.5], "803f00bf"),
+    **{datatype: (None, values, bits) for datatype, (values, bits) in RAW_ONLY.items()},
 }
 # Quiet and signalling NaN, both infinities, minus zero, the smallest denormal; little-endian.
 SPECIAL = {

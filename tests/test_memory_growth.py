@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracle.soak import gauges
 from test_server_inference import request, rows_for
-from test_server_process import READY, serving
+from test_server_process import FREE, READY, serving
 
 from layercast.models.export.writer import export_artefact
 from layercast.models.foreign.factory import Code, build
@@ -38,7 +38,7 @@ class Leaky(nn.Module):
             self.kept.append(bytearray(50_000))
         return self.head(x)
 """
-FREE = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--engine", "eager", "--max-delay-ms", "0")
+AT_ONCE = (*FREE, "--max-delay-ms", "0")
 
 
 class Load:
@@ -87,7 +87,7 @@ def features(infer: Any, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def load(repository: Path) -> Any:
-    with serving(repository, *FREE) as server:
+    with serving(repository, *AT_ONCE) as server:
         ports = server.read_until(READY)
         yield Load(ports[1], ports[3])
 
@@ -116,6 +116,6 @@ def test_a_model_that_leaks_is_seen(tmp_path: Path):
         message.inputs.add(name="x", datatype="FP32", shape=x.shape)
         infer(message, timeout=30)
 
-    with serving(tmp_path / "models", *FREE, "--max-batch", "1", "--trust", "artefact-code") as server:
+    with serving(tmp_path / "models", *AT_ONCE, "--max-batch", "1", "--trust", "artefact-code") as server:
         ports = server.read_until(READY)
         assert Load(ports[1], ports[3]).growth_mb(ask) > ALLOWED_MB

@@ -11,12 +11,11 @@ import pytest
 from broken_network import proxy
 from oracle.soak import gauges
 from test_server_inference import offline, request, rows_for, values_of
-from test_server_process import READY, serving
+from test_server_process import FREE, READY, serving
 
 from layercast.proto.messages import ServerLiveRequest, ServerReadyRequest
 from layercast.proto.rpc import INFERENCE
 
-FREE = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--engine", "eager")
 X = rows_for("mnist", 20)
 
 

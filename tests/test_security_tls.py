@@ -9,13 +9,11 @@ import grpc
 import numpy as np
 import pytest
 import trustme
-from conftest import card_of
 from serving import running
 from test_server_inference import offline, rows_for
 
 from layercast.client import AsyncClient, Client
 from layercast.client.errors import Unavailable
-from layercast.models.export.writer import export_artefact
 from layercast.server.errors import StartError
 from layercast.server.settings import read
 from layercast.server.transport.security import Security
@@ -46,13 +44,6 @@ class Files:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Files:
     return Files(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
-def one_model(modules, tmp_path_factory):
-    root = tmp_path_factory.mktemp("one")
-    export_artefact(modules["shared"], card_of("shared"), root / "shared" / "1", programs=("torchscript",))
-    return root
 
 
 @pytest.fixture(scope="module")

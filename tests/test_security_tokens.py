@@ -8,7 +8,6 @@ import sys
 import grpc
 import numpy as np
 import pytest
-from conftest import card_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from resting import call, tensor
@@ -18,7 +17,6 @@ from test_server_operations import get, samples, value
 
 from layercast.client import AsyncClient, Client
 from layercast.client.errors import PermissionDenied, Unauthenticated
-from layercast.models.export.writer import export_artefact
 from layercast.proto.rpc import FEATURES, INFERENCE
 from layercast.server.errors import StartError
 from layercast.server.service.scopes import SCOPES
@@ -32,13 +30,6 @@ DENIED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 def entry(name: str = "a", token: str = "0123456789abcdef", scopes: str = '["predict"]') -> str:
     return f'[[tokens]]\nname = "{name}"\ntoken = "{token}"\nscopes = {scopes}\n'
-
-
-@pytest.fixture(scope="module")
-def one_model(modules, tmp_path_factory):
-    root = tmp_path_factory.mktemp("one")
-    export_artefact(modules["shared"], card_of("shared"), root / "shared" / "1", programs=("torchscript",))
-    return root
 
 
 @pytest.fixture(scope="module")

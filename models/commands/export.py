@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from layercast.models import zoo
 from layercast.models.commands import export_module, quantize
+from layercast.models.commands.arguments import complain
 
 if TYPE_CHECKING:
     from layercast.models.export.writer import Written
@@ -39,20 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export the chosen models; return 0, 1 when one could not be exported, 2 for bad arguments."""
     if wrong := quantize.fault(args):
-        return _complain(wrong, 2)
+        return complain(wrong, 2)
     if export_module.is_asked_for(args):
         return _run_module(args)
     if given := export_module.given_options(args):
-        return _complain(f"{given[0]} goes with package.module:factory or --file, not with models of the zoo", 2)
+        return complain(f"{given[0]} goes with package.module:factory or --file, not with models of the zoo", 2)
     if bool(args.names) == args.all:
-        return _complain("name the models to export, or pass --all", 2)
+        return complain("name the models to export, or pass --all", 2)
     try:
         names = zoo.names(args.zoo) if args.all else list(dict.fromkeys(args.names))
         folders = [zoo.directory(name, args.zoo) for name in names]
     except ValueError as error:
-        return _complain(str(error), 2)
+        return complain(str(error), 2)
     if not folders:
-        return _complain(f"no model in {args.zoo}", 1)
+        return complain(f"no model in {args.zoo}", 1)
     for folder in folders:
         target = args.output / folder.name / str(args.version)
         if args.keep and target.exists():
@@ -62,19 +63,19 @@ def run(args: argparse.Namespace) -> int:
         except (ValueError, OSError) as error:
             if args.keep and target.exists():  # another process was faster
                 continue
-            return _complain(str(error), 1)
+            return complain(str(error), 1)
     return 0
 
 
 def _run_module(args: argparse.Namespace) -> int:
     if args.data is not None:
-        return _complain("--data goes with models of the zoo; calibrate this one with --calibration FILE.npz", 2)
+        return complain("--data goes with models of the zoo; calibrate this one with --calibration FILE.npz", 2)
     try:
         order = export_module.order_of(args)
     except export_module.UsageFault as error:
-        return _complain(str(error), 2)
+        return complain(str(error), 2)
     except (ValueError, OSError) as error:
-        return _complain(str(error), 1)
+        return complain(str(error), 1)
     target = args.output / order.name / str(args.version)
     if args.keep and target.exists():
         return 0
@@ -94,7 +95,7 @@ def _run_module(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         if args.keep and target.exists():
             return 0
-        return _complain(str(error), 2 if isinstance(error, NameFault | InputFault) else 1)
+        return complain(str(error), 2 if isinstance(error, NameFault | InputFault) else 1)
     report.done(manifest, start)
     return 0
 
@@ -152,11 +153,6 @@ def _version(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"want a whole number from 1, got {text!r}")
     return int(text)
-
-
-def _complain(text: str, code: int) -> int:
-    print("layercast:", " ".join(text.split()), file=sys.stderr)
-    return code
 
 
 def main() -> int:

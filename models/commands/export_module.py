@@ -1,10 +1,11 @@
 """The arguments of `layercast export` for a module that is not of the zoo, and what they mean."""
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from layercast.models.commands.arguments import json_object
 
 if TYPE_CHECKING:
     from layercast.models.foreign.export import Order
@@ -98,12 +99,9 @@ def _architecture(args: argparse.Namespace) -> tuple[Path | None, str]:
 
 def _arguments(text: str | None) -> dict[str, Any]:
     try:
-        arguments = json.loads(text or "{}")
+        return json_object(text or "{}")
     except ValueError as error:
-        raise UsageFault(f"--arguments: not JSON: {error}") from None
-    if not isinstance(arguments, dict):
-        raise UsageFault(f'--arguments: want a JSON object, as in {{"depth": 3}}, got {text}')
-    return arguments
+        raise UsageFault(f"--arguments: {error}") from None
 
 
 def _labels(text: str | None) -> list[str]:

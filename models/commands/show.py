@@ -2,8 +2,9 @@
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING, Any
+
+from layercast.models.commands.arguments import complain, json_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
         found = lookup.find(args.name, args.arguments, Trust.of(args.trust))
         inputs = concrete_inputs(args.example) or found.inputs()
     except (lookup.RequestError, InputFault) as error:
-        return _complain(str(error), _BAD_ARGUMENTS)
+        return complain(str(error), _BAD_ARGUMENTS)
     summary = _summarise(found, inputs)
     if isinstance(summary, str):
-        return _complain(summary, _BAD_DATA)
+        return complain(summary, _BAD_DATA)
     if args.depth is not None:
         summary = summary.up_to(args.depth)
     if args.json:
@@ -93,20 +94,12 @@ def _summarise(found: "Found", inputs: "dict[str, Tensor]") -> "Summary | str":
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        return json_object(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"want a JSON object, for instance '{{\"dropout\": 0.1}}', got {text}")
-    return value
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _depth(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"want a whole number from 0, got {text!r}")
     return int(text)
-
-
-def _complain(text: str, code: int) -> int:
-    print("layercast:", " ".join(text.split()), file=sys.stderr)
-    return code

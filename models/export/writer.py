@@ -25,9 +25,18 @@ from layercast.models.export.checks import ExportError, check_interface, check_r
 from layercast.models.export.int8 import write as quantise
 from layercast.models.export.positional import Positional, named_outputs
 from layercast.models.foreign.factory import Code
-from layercast.models.foreign.trust import ARTEFACT_CODE, Trust
+from layercast.models.foreign.trust import Trust
 from layercast.models.layer_index import build_index
-from layercast.models.manifest import GOLDEN_FILE, PROGRAM_FILES, WEIGHTS_FILE, Int8, Manifest, Program, file_entry
+from layercast.models.manifest import (
+    GOLDEN_FILE,
+    PROGRAM_FILES,
+    WEIGHTS_FILE,
+    Int8,
+    LayerSpec,
+    Manifest,
+    Program,
+    file_entry,
+)
 from layercast.models.versions import tool_versions
 
 PROGRAMS: Final[tuple[Program, ...]] = ("torchscript", "onnx", "exported")
@@ -87,33 +96,41 @@ def export_artefact(
         _write_golden(module, checked, stage)
         written = list(_write_programs(module, checked, examples, stage, programs, report, left_out))
         int8 = _write_int8(checked, stage, calibration) if calibration else None
-        made: list[Program] = [done.program for done in written]
-        if int8:
-            made.append("onnx-int8")
-        manifest = Manifest(
-            name=checked.name,
-            version=version,
-            description=checked.description,
-            architecture=checked.architecture,
-            arguments=checked.arguments,
-            code=code.name if code else "",
-            inputs=checked.inputs,
-            outputs=checked.outputs,
-            preprocessing=checked.preprocessing,
-            labels=checked.labels,
-            layers=tuple(layers),
-            programs={program: PROGRAM_FILES[program] for program in made},
-            parity={done.program: done.parity for done in written},
-            opsets=_opsets(stage),
-            int8=int8,
-            metrics=checked.metrics,
-            licence=checked.licence,
-            data=checked.data,
-            files={path.name: file_entry(path) for path in sorted(stage.iterdir())},
-            tools=tool_versions(),
-        )
+        manifest = _manifest(checked, version, code, layers, written, int8, stage)
         manifest.write(stage)
     return manifest
+
+
+def _manifest(
+    card: Card, version: int, code: Code | None, layers: Sequence[LayerSpec], written: Sequence[Written],
+    int8: Int8 | None, stage: Path,
+) -> Manifest:  # fmt: skip
+    """Return the manifest of what `stage` holds, which is everything but the manifest."""
+    made: list[Program] = [done.program for done in written]
+    if int8:
+        made.append("onnx-int8")
+    return Manifest(
+        name=card.name,
+        version=version,
+        description=card.description,
+        architecture=card.architecture,
+        arguments=card.arguments,
+        code=code.name if code else "",
+        inputs=card.inputs,
+        outputs=card.outputs,
+        preprocessing=card.preprocessing,
+        labels=card.labels,
+        layers=tuple(layers),
+        programs={program: PROGRAM_FILES[program] for program in made},
+        parity={done.program: done.parity for done in written},
+        opsets=_opsets(stage),
+        int8=int8,
+        metrics=card.metrics,
+        licence=card.licence,
+        data=card.data,
+        files={path.name: file_entry(path) for path in sorted(stage.iterdir())},
+        tools=tool_versions(),
+    )
 
 
 def refuse_existing(directory: Path, force: bool) -> None:
@@ -197,7 +214,7 @@ class _Programs:
 
 def _check_weights(module: nn.Module, card: Card, examples: Examples, stage: Path, code: Code | None) -> None:
     """Refuse an architecture that cannot be built again, or that gives other answers with these weights."""
-    trust = Trust.of([ARTEFACT_CODE if code else card.architecture])  # its code made `module`, in this process
+    trust = Trust.naming(card.architecture, code is not None)  # its code made `module`, in this process
     again = build(card.architecture, card.arguments, trust, code)
     load_weights(again, (stage / WEIGHTS_FILE).read_bytes(), WEIGHTS_FILE)
     outputs = [spec.name for spec in card.outputs]

@@ -23,7 +23,7 @@ from layercast.models.export.writer import Written, export_artefact, refuse_exis
 from layercast.models.foreign.factory import Code, build
 from layercast.models.foreign.inputs import InputFault, parse_inputs
 from layercast.models.foreign.outputs import derive_outputs
-from layercast.models.foreign.trust import ARTEFACT_CODE, Trust
+from layercast.models.foreign.trust import Trust
 from layercast.models.foreign.weights import load_file
 from layercast.models.manifest import Manifest, Program, TensorSpec
 
@@ -66,7 +66,7 @@ def export_module(
     """
     refuse_existing(directory, force)
     specs = parse_inputs(order.examples)
-    trust = Trust.of([ARTEFACT_CODE if order.code else order.architecture])
+    trust = Trust.naming(order.architecture, order.code is not None)
     torch.manual_seed(SEED)
     module = build(order.architecture, order.arguments, trust, order.code)
     if order.weights:

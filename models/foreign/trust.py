@@ -33,6 +33,11 @@ class Trust:
                 )
         return cls(given)
 
+    @classmethod
+    def naming(cls, architecture: str, is_file: bool) -> Self:
+        """Return the trust of somebody who names `architecture`, or gives its file, and so means it to run."""
+        return cls.of([ARTEFACT_CODE if is_file else architecture])
+
     def refusal(self, architecture: str, is_file: bool) -> str:
         """Return why the code of `architecture` may not run, with the fix; "" when it may."""
         if is_file:

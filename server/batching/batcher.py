@@ -14,7 +14,7 @@ from layercast.server.batching.admission import RETRY_SECONDS, Admission
 from layercast.server.batching.gather import Batch, gather, ripe_rows
 from layercast.server.batching.instance import Instance, Ran, Run
 from layercast.server.batching.pace import Pace
-from layercast.server.batching.policy import Execution, Limits, Observer, Phase, Reason
+from layercast.server.batching.policy import Execution, Limits, Observer, Phase, Reason, slack_of
 from layercast.server.batching.queue import Queue
 from layercast.server.errors import DeadlineCancelled, DeadlineExceeded, ModelFailed, Unavailable
 from layercast.server.work import Answer, Rows, Terms, Work
@@ -89,8 +89,8 @@ class Batcher:
 
         Raises Unavailable at once when there is no room or the model is draining, and when the queue timeout passes
         before the last work is taken to run; DeadlineExceeded as soon as the deadline passes, or when the rows could
-        run but are sure to be late. The rows of a caller
-        who is cancelled leave the queue at once; when it is its deadline that cancels it, that is counted as such.
+        run but are sure to be late. The rows of a caller who is cancelled leave the queue at once; when it is its
+        deadline that cancels it, that is counted as such.
         """
         slack = self._admit(works, terms)
         timer = self._queue_timer(works, terms)
@@ -166,11 +166,7 @@ class Batcher:
         self._tasks.clear()
 
     def _admit(self, works: Sequence[Work], terms: Terms) -> float:
-        """Queue the works; return how many seconds before the deadline a cancel is taken for the deadline's own.
-
-        The caller's clock ends the call first: gRPC rounds a timeout up, by 1 % at most, on its way here, and the
-        cancel travels.
-        """
+        """Queue the works; return how many seconds before the deadline a cancel is taken for the deadline's own."""
         if self._draining:
             self._observer.rejected("draining")
             raise Unavailable(f"model {self._name!r} is shutting down and takes no new requests", retry_after=1.0)
@@ -180,7 +176,7 @@ class Batcher:
             if left <= 0:
                 self._observer.expired("queued")
                 raise _too_late()
-            expires, slack = time.perf_counter_ns() + int(left * 1e9), 0.02 + 0.01 * left
+            expires, slack = time.perf_counter_ns() + int(left * 1e9), slack_of(left)
         self._admission.admit(works, terms, expires)
         self._settled.clear()
         self._changed()

@@ -5,9 +5,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from layercast.server.work import Rows, Work
+
+T = TypeVar("T")
 
 Run = Callable[[Sequence[Work]], Sequence[Rows]]
 """Runs works that may share a forward, in the instance's thread; returns the rows of each, in order."""
@@ -58,7 +60,7 @@ class Instance:
             except BaseException as raised:
                 error = harmless(raised)
             try:
-                self._loop.call_soon_threadsafe(_deliver, future, ran, error)
+                self._loop.call_soon_threadsafe(deliver, future, ran, error)
             except RuntimeError:  # the loop is closed: nobody is there to be told
                 return
 
@@ -72,10 +74,11 @@ def harmless(raised: BaseException) -> Exception:
     return error
 
 
-def _deliver(future: "asyncio.Future[Ran]", ran: Ran | None, error: Exception | None) -> None:
+def deliver(future: "asyncio.Future[T]", result: T | None, error: Exception | None) -> None:
+    """End `future`, unless nobody waits for it any more, with what a thread gave: a result, or else an error."""
     if future.done():
         return
-    if ran is not None:
-        future.set_result(ran)
+    if result is not None:
+        future.set_result(result)
     elif error is not None:
         future.set_exception(error)

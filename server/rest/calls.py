@@ -16,7 +16,7 @@ from layercast.proto.codec import quoted
 from layercast.server.errors import InvalidArgument, Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.rest.status import error_response
-from layercast.server.service.call import Call
+from layercast.server.service.call import Call, method_of
 from layercast.server.transport.security import RPC_SCOPES, Security
 
 T = TypeVar("T")
@@ -39,8 +39,7 @@ class Context:
 
     async def call(self, rpc: str, message: Message, call: Call) -> Any:
         """Call the method for an RPC on the service that has it; Unimplemented when none has."""
-        name = re.sub(r"(?<!^)(?=[A-Z])", "_", rpc).lower()
-        answer = next((getattr(each, name) for each in self.services if hasattr(each, name)), None)
+        answer = method_of(self.services, rpc)
         if answer is None:
             raise Unimplemented(f"{rpc} is not implemented by this server")
         return await answer(message, call)

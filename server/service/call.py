@@ -1,6 +1,9 @@
-"""What a service is told of a call besides its message."""
+"""What a service is told of a call besides its message, and where the method is that answers it."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,3 +18,9 @@ class Call:
     size: int = 0
     fails_whole: bool = False
     peer: str = ""
+
+
+def method_of(services: Sequence[object], rpc: str) -> Any | None:
+    """Return the method that answers the RPC `rpc`, of the one object among `services` that has it, or None."""
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", rpc).lower()
+    return next((getattr(each, name) for each in services if hasattr(each, name)), None)

@@ -1,6 +1,5 @@
 """The default front end, grpc.aio: hands messages to the services and their errors to the callers; knows no model."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -10,7 +9,7 @@ from google.protobuf.message import Message
 from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE_SERVICE, Method
 from layercast.server.errors import StartError, Unimplemented
 from layercast.server.metrics import Metrics
-from layercast.server.service.call import Call
+from layercast.server.service.call import Call, method_of
 from layercast.server.transport.calls import Counted, Handler, StreamRpc, UnaryRpc
 from layercast.server.transport.ports import bound_socket, not_bound
 from layercast.server.transport.security import Security
@@ -98,8 +97,7 @@ class GrpcFrontEnd:
 
     def _handler(self, service: str, method: Method, objects: Sequence[object]) -> Handler:
         counted = Counted(service, method.name, self._metrics, "bidi_stream" if method.client_streaming else "unary")
-        name = _snake(method.name)
-        answer: Any = next((getattr(each, name) for each in objects if hasattr(each, name)), None)
+        answer = method_of(objects, method.name)
         if answer is None:
             return UnaryRpc(method, _unimplemented(method.name), counted).handler()
         if not method.client_streaming:
@@ -114,7 +112,3 @@ def _unimplemented(name: str) -> Any:
         raise Unimplemented(f"{name} is not implemented by this server")
 
     return answer
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
