@@ -1,5 +1,6 @@
 """What a service is told of a call besides its message, and where the method is that answers it."""
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,5 +23,10 @@ class Call:
 
 def method_of(services: Sequence[object], rpc: str) -> Any | None:
     """Return the method that answers the RPC `rpc`, of the one object among `services` that has it, or None."""
-    name = re.sub(r"(?<!^)(?=[A-Z])", "_", rpc).lower()
+    name = _snake(rpc)
     return next((getattr(each, name) for each in services if hasattr(each, name)), None)
+
+
+@functools.cache  # asked for by every request over HTTP; there are few RPCs
+def _snake(rpc: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", rpc).lower()
