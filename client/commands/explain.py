@@ -12,6 +12,7 @@ from layercast.client.commands.common import (
     add_server_arguments,
     chosen_inputs,
     connect,
+    picture_path,
     positive,
     print_json,
     print_table,
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS",
         help="index or label to explain: one for all inputs or one for each (each input's most probable)",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the attribution over each input")
+    parser.add_argument("--plot", type=picture_path, metavar="FILE.png", help="draw the attribution over each input")
     parser.add_argument("--output", type=Path, metavar="FILE.npz", help="save attributions, targets and delta")
     options = parser.add_argument_group("options of the methods")
     options.add_argument("--layer", metavar="GLOB", help="gradcam, attention-rollout: the layer, or layers")

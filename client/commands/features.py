@@ -11,6 +11,7 @@ from layercast.client.commands.common import (
     add_server_arguments,
     chosen_inputs,
     connect,
+    picture_path,
     print_json,
     print_table,
     row_names,
@@ -34,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reduce", metavar="REDUCER", help="none, mean, max, cls, last, flatten, norm, proj64 …")
     parser.add_argument("--output", type=Path, metavar="FILE.npz", help="save the arrays instead of printing a table")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the values, a panel for each layer and row")
+    parser.add_argument(
+        "--plot", type=picture_path, metavar="FILE.png", help="draw the values, a panel for each layer and row"
+    )
     add_server_arguments(parser)
 
 

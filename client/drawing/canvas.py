@@ -154,9 +154,7 @@ def framed(image: "Image", margin: int = GAP) -> "Image":
 
 def save(image: "Image", path: Path) -> None:
     """Write a picture in the format that the ending names."""
-    kind = pillow().registered_extensions().get(path.suffix.lower())
-    if kind is None:
-        raise InputError(f"{path.name}: a picture's name ends in .png, .jpg or .webp")
+    kind = pillow().registered_extensions()[path.suffix.lower()]
     with replacing(path) as file:
         image.save(file, kind)
 

@@ -21,18 +21,6 @@ pytest.importorskip("PIL.Image", reason="Pillow comes with the images extra")
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def run(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("LAYERCAST_URL", server.url)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = program.main(list(arguments))
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def digit(number: int) -> str:
     return str(SAMPLES / f"digit-{number}.png")
 
