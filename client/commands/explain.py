@@ -1,6 +1,7 @@
 """`layercast explain MODEL INPUT ...`: how much each part of an input counts for what a model answers."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def _print(arguments: argparse.Namespace, names: Sequence[str], found: Explanati
         heads += ["delta"] if found.delta is not None else []
         print_table(heads, [_cells(place, names, found, labels) for place in range(len(names))])
     if found.warning:
-        print(f"warning: {found.warning}")
+        print(f"layercast: {found.warning}", file=sys.stderr)
 
 
 def _cells(place: int, names: Sequence[str], found: Explanation, labels: Sequence[str]) -> list[str]:

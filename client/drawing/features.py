@@ -38,12 +38,12 @@ def figure(
         for row, shown, read, title in zip(values, pictures, tokens, names, strict=True):
             panel = [canvas.label(title, SMALL, FAINT), body(row, read, batch.shape[1:])]
             if shown is not None and row.ndim == 3:
-                size = canvas.fitted(*shown.shape[:2], _INPUT)
+                size = canvas.fitted(shown.shape[0], shown.shape[1], _INPUT)
                 panel[1] = canvas.flowing([canvas.from_colours(shown, *size), panel[1]], _PAGE)
             panels.append(canvas.stacked(panel, 4))
         shape = ", ".join(map(str, values.shape[1:]))
-        title = canvas.label(f"{name}  [{shape}]")
-        parts.append(canvas.stacked([title, canvas.flowing(panels, _PAGE, 2 * canvas.GAP)], 6))
+        heading = canvas.label(f"{name}  [{shape}]")
+        parts.append(canvas.stacked([heading, canvas.flowing(panels, _PAGE, 2 * canvas.GAP)], 6))
     return canvas.framed(canvas.stacked(parts, 2 * canvas.GAP))
 
 

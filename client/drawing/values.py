@@ -10,6 +10,7 @@ from layercast.client.drawing import canvas
 from layercast.client.drawing.canvas import FAINT, INK, SMALL, TEXT
 from layercast.client.drawing.colours import DIVERGING, VIRIDIS, Scale
 from layercast.client.drawing.rows import Token
+from layercast.client.pictures import pillow
 from layercast.proto.codec import AnyArray
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _across(texts: Sequence[str], cell: int) -> "Image":
 
 def _turned(image: "Image") -> "Image":
     """Turned by a quarter against the clock, so that what was the left edge is the lower one."""
-    return image.transpose(canvas.pillow().Transpose.ROTATE_90)
+    return image.transpose(pillow().Transpose.ROTATE_90)
 
 
 def _visible(text: str) -> str:

@@ -4,8 +4,10 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import catalogue as catalogue_module
 import grpc
 import numpy as np
 import pytest
@@ -268,3 +270,10 @@ def run(
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Path:
+    root = tmp_path / "catalogue"
+    catalogue_module.write(root)
+    return root

@@ -214,7 +214,8 @@ def test_a_reader_that_leaves_is_no_error(server: Any) -> None:
 def test_the_client_is_light() -> None:
     program_text = (
         "import sys, layercast.client, layercast.client.main, layercast.client.commands.predict\n"
-        "heavy = {'torch', 'PIL', 'pydantic', 'prometheus_client', 'onnxruntime', 'layercast.server',"
+        "from layercast.client.commands import embed, explain, features\n"
+        "heavy = {'torch', 'PIL', 'matplotlib', 'pyarrow', 'pydantic', 'prometheus_client', 'onnxruntime', 'layercast.server',"
         " 'layercast.models'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

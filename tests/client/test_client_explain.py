@@ -138,6 +138,7 @@ def test_json_and_labels(run: Run, server: Any) -> None:
         {"input": "hi", "target": 1, "label": "spam", "attributions": [0, 0, 1]},
         {"input": "you", "target": 0, "label": "ham", "attributions": [0, 0, 1]},
     ]
+    assert run("explain", "sms", "hi", "--method", "saliency")[2] == "layercast: values beyond 0 to 1\n"
     code, out, _ = run("explain", "sms", "hi", "--method", "attention-rollout")
     assert out.splitlines()[0].split() == ["input", "lowest", "highest", "sum"]
     code, _, err = run("explain", "sms", "hi", "--target", "eggs")
