@@ -166,12 +166,9 @@ def _pen(image: "Image") -> Any:
 
 
 def _drawable(text: str, size: int) -> tuple[str, Any]:
-    """The text and a font that has all of it; what no font has is written as its escape."""
-    for drawn in _fonts(size):
-        if all(_has(drawn, character) for character in set(text)):
-            return text, drawn
-    plain = _fonts(size)[0]
-    return "".join(c if _has(plain, c) else c.encode("ascii", "backslashreplace").decode() for c in text), plain
+    """The text and the font that has most of it; what that lacks is written as its escape."""
+    drawn = max(_fonts(size), key=lambda font: sum(_has(font, character) for character in text))
+    return "".join(c if _has(drawn, c) else c.encode("ascii", "backslashreplace").decode() for c in text), drawn
 
 
 @lru_cache

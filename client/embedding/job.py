@@ -36,11 +36,14 @@ def collect(
         keep(pending[0].result())
         pending.popleft()
 
-    missing = [entry for entry in entries if entry not in parts]
     with ThreadPoolExecutor(in_flight, "embed") as pool:
         try:
-            for start in range(0, len(missing), rows):
-                pending.append(pool.submit(asker.answer, missing[start : start + rows]))
+            # The same files go together in every run, whatever is known by then.
+            for start in range(0, len(entries), rows):
+                missing = [entry for entry in entries[start : start + rows] if entry not in parts]
+                if not missing:
+                    continue
+                pending.append(pool.submit(asker.answer, missing))
                 # One batch of files is read while another is on its way, and no more wait than that.
                 if len(pending) >= 2 * in_flight:
                     keep_next()
