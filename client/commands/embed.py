@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         import_module("pyarrow")  # now, not after hours of work
     with connect(arguments) as client:
         version, metadata = _pinned(client, arguments.model, arguments.version)
-        wanted = endings(metadata.preprocessing)
+        wanted = endings(metadata)
         found = listing(arguments.directory, wanted)
         if not found.entries:
             raise InputError(f"{arguments.directory} holds no {', '.join(wanted)}{_left_out(found.left_out)}")

@@ -2,19 +2,22 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
 
 from layercast.client.errors import InputError
-from layercast.client.preprocess import prepare, tokens
+from layercast.client.pictures import PictureSpec
+from layercast.client.preprocess import kind_of, prepare, tokens
 from layercast.client.types import ModelMetadata
 from layercast.proto.codec import AnyArray
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_ENDINGS = {"image": (*_PICTURES, ".npy"), "text": (".txt", ".npy")}
+_ENDINGS: dict[str | None, tuple[str, ...]] = {
+    "image": (*_PICTURES, ".npy"),
+    "text": (".txt", ".npy"),
+    None: (".npy",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +37,17 @@ class Listing:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def endings(preprocessing: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The endings of files that can be an input of the model."""
-    return _ENDINGS.get(str((preprocessing or {}).get("kind")), (".npy",))
+def endings(metadata: ModelMetadata) -> tuple[str, ...]:
+    """The endings of files that can be an input of the model.
+
+    Raises InputError for a model that no file suits, once and not for every file.
+    """
+    kind = kind_of(metadata)
+    if kind == "image":
+        PictureSpec.parse(metadata.preprocessing or {})
+    elif kind == "text":
+        tokens(["x"], metadata.preprocessing or {})
+    return _ENDINGS[kind]
 
 
 def listing(directory: Path, wanted: tuple[str, ...]) -> Listing:

@@ -120,6 +120,12 @@ def test_texts_are_files_too(run: Run, server: Any, tmp_path: Path) -> None:
         (["gallery", "{}", "--layer", "x", "--output", "out.npz", "--in-flight", "0"], 2, "0 is not positive"),
         (["gallery", "{}/0/00.png", "--layer", "x", "--output", "out.npz"], 1, "is no directory; `layercast features`"),
         (["gallery", "{}/empty", "--layer", "x", "--output", "out.npz"], 1, "holds no .png, .jpg"),
+        (
+            ["gallery", "{}", "--layer", "*", "--output", "x.npz"],
+            1,
+            "selects 2 layers (net.0, net.1); name one of them",
+        ),
+        (["pair", "{}", "--layer", "x", "--output", "out.npz"], 1, "model 'pair' has the inputs a, b"),
         (["unknown", "{}", "--layer", "x", "--output", "out.npz"], 1, "unknown model"),
         (["gallery", "{}", "--layer", "x", "--output", "no/out.npz"], 1, "No such file"),
         (["mnist", "{}", "--layer", "x", "--url", "localhost:1", "--output", "out.npz"], 1, "no server answers"),
