@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -33,16 +34,7 @@ class Remembered:
     ) -> None:
         self._candidates = candidates
         self._buckets = buckets
-        depends = {
-            "format": _FORMAT,
-            "files": {name: manifest.files[name].sha256 for name in sorted(manifest.files)},
-            "machine": _machine(device),
-            "tools": tool_versions(),
-            "candidates": candidates,
-            "buckets": asdict(buckets),
-        }
-        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-        self._path = folder / f"{manifest.name}-{digest[:16]}.json" if folder else None
+        self._path = folder / f"{manifest.name}-{self._key(manifest, device)}.json" if folder else None
 
     def read(self) -> Choice | None:
         """Return the choice that was kept; None when there is none, or none that can be read."""
@@ -67,7 +59,7 @@ class Remembered:
         if self._path is None:
             return
         measured = [
-            {"length": length, "rows": rows, "microseconds": {str(c): round(1e6 * s, 1) for c, s in cost.items()}}
+            {"length": length, "rows": rows, "microseconds": _microseconds(cost)}
             for (length, rows), cost in costs.items()
         ]
         text = json.dumps({"chosen": str(choice), "cells": choice.cells, "measured": measured}, indent=1)
@@ -77,6 +69,21 @@ class Remembered:
             _prune(self._path.parent)
         except OSError as error:
             logger.warning("the engines chosen can't be kept for the next start: %s", error.strerror or error)
+
+    def _key(self, manifest: Manifest, device: str) -> str:
+        depends = {
+            "format": _FORMAT,
+            "files": {name: manifest.files[name].sha256 for name in sorted(manifest.files)},
+            "machine": _machine(device),
+            "tools": tool_versions(),
+            "candidates": self._candidates,
+            "buckets": asdict(self._buckets),
+        }
+        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _microseconds(cost: dict[Candidate, float]) -> dict[str, float]:
+    return {str(candidate): round(1e6 * seconds, 1) for candidate, seconds in cost.items() if math.isfinite(seconds)}
 
 
 def _replace(path: Path, text: str) -> None:

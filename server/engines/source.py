@@ -65,7 +65,10 @@ class Source:
         return [Candidate(name, threads) for name in names for threads in self._threads(name)]
 
     def engines(self, candidates: Iterable[Candidate], eager: EagerEngine | None) -> dict[Candidate, Engine]:
-        """Load the engines of `candidates`; one that can't be had here is left out with a warning, if others are."""
+        """Load the engines of `candidates`; one that can't be had here is left out with a warning.
+
+        EngineError when that is so of all.
+        """
         engines: dict[Candidate, Engine] = {}
         failed: EngineError | None = None
         for candidate in candidates:
@@ -74,8 +77,8 @@ class Source:
             except EngineError as error:
                 logger.warning("%s: engine %s left out: %s", self.manifest.name, candidate, error)
                 failed = error
-        if not engines:
-            raise self._none() from failed if self.untrusted else failed or self._none()
+        if failed and not engines:
+            raise failed
         return engines
 
     def _of_auto(self, settings: ModelSettings) -> list[EngineName]:
@@ -86,7 +89,9 @@ class Source:
         if not self.untrusted:
             names.append("eager")
         if not names:
-            raise self._none()
+            others = " or ".join(name for name in _CODE if name in self.manifest.programs)
+            also = f", or set engine to {others}, whose program can run code" if others else ""
+            raise EngineError(f"no program of it can run without its module, and {self.untrusted}{also}")
         return names
 
     def _threads(self, name: EngineName) -> list[int]:
@@ -100,8 +105,3 @@ class Source:
             return programs.exported(self.directory, self.manifest, self.device)
         name = "onnx-int8" if candidate.engine == "onnx-int8" else "onnx"
         return OnnxEngine(self.directory, self.manifest, self.device, candidate.threads, name)
-
-    def _none(self) -> EngineError:
-        others = " or ".join(name for name in _CODE if name in self.manifest.programs)
-        also = f", or set engine to {others}, whose program can run code" if others else ""
-        return EngineError(f"no program of it can run without its module, and {self.untrusted}{also}")

@@ -3,8 +3,9 @@
 import itertools
 import logging
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from layercast.server.engines.base import Inputs, Outputs
@@ -22,7 +23,11 @@ _ENOUGH: Final = 0.03
 _SLOW: Final = 0.02
 """Seconds of a batch from which on more rows change nothing: larger ones are computed as this one."""
 
-_HOPELESS: Final = 2.0
+_WARM: Final = 2
+_HOPELESS: Final = 4.0
+_BEHIND: Final = 2.0
+_CROWDED: Final = 1.2
+_LONG: Final = 0.001
 _EXTRA: Final = 0.2
 """By how much the logarithms of costs must fall for an engine beside the main one: a fifth of one bucket's cost."""
 
@@ -71,42 +76,58 @@ def _measure(
 ) -> tuple[dict[Candidate, float], float] | None:
     """Return what a batch costs on each candidate, and the seconds on the quickest; None when it runs on none.
 
-    Candidates take turns, so that what disturbs the machine for a moment disturbs all. The smallest reading counts:
-    whatever else runs only ever adds.
+    Candidates take turns, so that what disturbs the machine for a moment disturbs all.
     """
     try:
         inputs = batch(rows, length)
     except ValueError as error:
         logger.warning("no batch of %d rows, %d long, to time engines with: %s", rows, length, error)
         return None
-    best: dict[Candidate, Instant] = {}
+    readings: dict[Candidate, list[Instant]] = {candidate: [] for candidate in runs}
     failed: dict[Candidate, float] = {}
     began = clock().wall
     for at in range(_ROUNDS):
         if at >= _LEAST_ROUNDS and clock().wall - began > _ENOUGH:
             break
-        for candidate in _hopeful(runs, best, at) if at else list(runs):
-            if candidate in failed:
-                continue
+        for candidate in _hopeful(readings, at):
             try:
-                taken = _once(runs[candidate], inputs, clock)
+                readings[candidate].append(_once(runs[candidate], inputs, clock))
             except Exception as error:  # of a program that takes only some sizes, say
                 logger.warning("%s fails at %d rows: %s: %s", candidate, rows, type(error).__name__, error)
                 failed[candidate] = math.inf
-                best.pop(candidate, None)
-                continue
-            least = best.get(candidate, taken)
-            best[candidate] = Instant(min(least.wall, taken.wall), min(least.cpu, taken.cpu))
-    if not best:
+                del readings[candidate]
+    if not readings:
         return None
-    costs = {candidate: least.wall + least.cpu / processors for candidate, least in best.items()}
-    return costs | failed, min(least.wall for least in best.values())
+    return _costs(readings, processors) | failed, min(map(_least, readings.values()))
 
 
-def _hopeful(runs: Mapping[Candidate, Run], best: Mapping[Candidate, Instant], at: int) -> Iterator[Candidate]:
-    """Yield the candidates that may still win: when all are warm, what takes twice as long won't."""
-    limit = math.inf if at < _LEAST_ROUNDS else _HOPELESS * min(least.wall for least in best.values())
-    return (candidate for candidate in runs if candidate in best and best[candidate].wall <= limit)
+def _hopeful(readings: Mapping[Candidate, list[Instant]], at: int) -> list[Candidate]:
+    """Return the candidates that may still win: first all, then those that don't take many times as long."""
+    if at < _WARM:
+        return list(readings)
+    limit = min(map(_least, readings.values())) * (_HOPELESS if at < _LEAST_ROUNDS else _BEHIND)
+    return [candidate for candidate, taken in readings.items() if _least(taken) <= limit]
+
+
+def _costs(readings: Mapping[Candidate, list[Instant]], processors: int) -> dict[Candidate, float]:
+    """Return what each candidate costs, in seconds.
+
+    The least duration counts, since whatever else runs only ever adds. On a machine that is busy, which shows where
+    one thread takes longer than its processor's time, no run that is long is left alone, and several threads find no
+    free processors; there the processors' time, evenly spread, is taken for the duration.
+    """
+    typical = {candidate: statistics.median(one.cpu for one in taken) for candidate, taken in readings.items()}
+    alone = [one.wall / one.cpu for c, taken in readings.items() if c.threads == 1 for one in taken if one.cpu > 0]
+    several = any(candidate.threads > 1 for candidate in readings)
+    busy = several and bool(alone) and statistics.median(alone) > _CROWDED and min(typical.values()) > _LONG
+    return {
+        candidate: (cpu / candidate.threads if busy else _least(readings[candidate])) + cpu / processors
+        for candidate, cpu in typical.items()
+    }
+
+
+def _least(readings: list[Instant]) -> float:
+    return min(one.wall for one in readings)
 
 
 def _once(run: Run, inputs: Inputs, clock: Callable[[], Instant]) -> Instant:
