@@ -23,9 +23,8 @@ _ENOUGH: Final = 0.03
 _SLOW: Final = 0.02
 """Seconds of a batch from which on more rows change nothing: larger ones are computed as this one."""
 
-_WARM: Final = 2
-_HOPELESS: Final = 4.0
-_BEHIND: Final = 2.0
+_WARM: Final = 3
+_HOPELESS: Final = 5.0
 _CROWDED: Final = 1.2
 _LONG: Final = 0.001
 _EXTRA: Final = 0.2
@@ -105,7 +104,7 @@ def _hopeful(readings: Mapping[Candidate, list[Instant]], at: int) -> list[Candi
     """Return the candidates that may still win: first all, then those that don't take many times as long."""
     if at < _WARM:
         return list(readings)
-    limit = min(map(_least, readings.values())) * (_HOPELESS if at < _LEAST_ROUNDS else _BEHIND)
+    limit = _HOPELESS * min(map(_least, readings.values()))
     return [candidate for candidate, taken in readings.items() if _least(taken) <= limit]
 
 
