@@ -79,7 +79,7 @@ class _Context:
 
 
 async def _measure(root: Path, args: argparse.Namespace) -> None:
-    options: dict[str, Any] = {"engine": "onnx"}
+    options: dict[str, Any] = {"engine": "onnx", "max_delay_ms": 0}
     metrics = Metrics()
     repository = Repository(read({"repository": root, **options}), metrics, 1)
     await repository.load_all(root)
