@@ -18,7 +18,7 @@ _PHASES: Final[tuple[Phase, ...]] = ("queued", "running")
 _CODES: Final = sorted({"OK", "CANCELLED", *(error.code.name for error in ServingError.__subclasses__())})
 
 
-@dataclass
+@dataclass(slots=True)
 class Duration:
     """A count and the nanoseconds together, as the protocol's StatisticDuration."""
 
@@ -47,7 +47,7 @@ class Statistics:
     batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Spent:
     """Where one request's time went, in nanoseconds."""
 
@@ -59,7 +59,7 @@ class Spent:
 
 
 class ModelMonitor:
-    """Counts for one model version. Prometheus children are looked up once: `labels()` costs more than counting."""
+    """Counts for one model version. The metrics' series are looked up once: `labels()` costs more than counting."""
 
     def __init__(self, metrics: Metrics, model: str, version: str, device: str, limits: Limits) -> None:
         self.statistics = Statistics()

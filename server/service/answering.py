@@ -91,7 +91,7 @@ class Answering:
     def counted(self, model: ServedModel, kind: Kind) -> Iterator[Timer]:
         """Count the request that the body answers, by its end: answered, refused, failed or abandoned."""
         timer, monitor = Timer(), model.monitor
-        monitor.inflight.inc()
+        monitor.inflight.add(1)
         try:
             with model.held():
                 yield timer
@@ -108,7 +108,7 @@ class Answering:
         else:
             monitor.succeeded(kind, timer.spent())
         finally:
-            monitor.inflight.dec()
+            monitor.inflight.add(-1)
 
     async def run(
         self,
