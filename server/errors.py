@@ -62,6 +62,10 @@ class ResourceExhausted(ServingError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+class OutOfMemory(ResourceExhausted):
+    """Running the rows takes more memory than there is; fewer of them may fit."""
+
+
 class Unauthenticated(ServingError):
     """The caller has not said who it is, or with a token that is not known here."""
 

@@ -5,6 +5,8 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -14,9 +16,11 @@ from layercast.models.artefact import NO_TRUST, golden, refusal
 from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import Manifest
 from layercast.server import memory
+from layercast.server.engines import cuda
 from layercast.server.engines.base import Engine, EngineError, Inputs
 from layercast.server.engines.selection import Engines, golden_rows, select
 from layercast.server.engines.source import Source
+from layercast.server.errors import OutOfMemory
 from layercast.server.model import Loaded
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
@@ -49,24 +53,31 @@ def load(
     torch.set_num_threads(own)
     with _told(directory):
         manifest = Manifest.read(directory)
-        device = choose_device(settings.device)
-        source = Source(directory, manifest, device, own, trust, refusal(manifest, trust))
+        devices = choose_devices(settings.device, settings.instances)
+        source = Source(directory, manifest, devices[0], own, trust, refusal(manifest, trust), settings.precision)
         recorded = golden(directory, manifest)
         choice, first = select(source, settings, recorded, choices)
         manifest.verify_files(directory)  # what was loaded was verified as it was read
-        others = [Engines.load(source, choice.used, recorded) for _ in range(1, settings.instances)]
+        others = [
+            Engines.load(replace(source, device=device), choice.used, recorded, choice.buckets)
+            for device in devices[1:]
+        ]
     if source.untrusted:
         logger.warning("%s: layers are not available: %s", manifest.name, source.untrusted)
         manifest = _without_layers(manifest, source.untrusted)
     largest = golden_rows(recorded, settings.max_batch)
     for engines in (first, *others):
         for engine in engines.fast.values():
-            engine.run(largest)
+            try:
+                memory.within(partial(engine.run, largest), lambda: f"{settings.max_batch} rows, which are max_batch,")
+            except OutOfMemory as error:
+                raise LoadError(f"{error} take more memory than there is; set a lower max_batch") from None
     runners = tuple(Runner(manifest, engines.chosen(choice, manifest), engines.eager) for engines in (first, *others))
     warmup_ms = _time(runners[0].fast, golden_rows(recorded, 1))
     memory.trim()  # of what was read, and of engines that run nothing
     note = f"layers are not available: {source.untrusted}" if source.untrusted else ""
-    return Loaded(manifest, settings, runners, own, time.perf_counter() - start, warmup_ms, note, str(choice))
+    seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
+    return Loaded(manifest, settings, runners, own, seconds, warmup_ms, note, str(choice), cards)
 
 
 @contextmanager
@@ -78,15 +89,23 @@ def _told(directory: Path) -> Iterator[None]:
         raise LoadError(_without_paths(str(error), directory)) from error
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device for the setting `auto`, `cpu` or `cuda`; EngineError when CUDA is wanted and absent."""
-    if name == "cpu":
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if name == "cuda":
-        raise EngineError("device is set to cuda, but torch finds no CUDA device here; set it to auto or cpu")
-    return torch.device("cpu")
+def choose_devices(name: str, instances: int) -> list[torch.device]:
+    """Return the device of each instance for the setting `auto`, `cpu`, `cuda` or `cuda:1`.
+
+    `cuda` takes all cards in turn. EngineError when CUDA, or just that card, is wanted and absent.
+    """
+    cards = 0 if name == "cpu" else cuda.count()
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and not cards:
+        raise EngineError(f"device is set to {name}, but torch finds no CUDA device here; set it to auto or cpu")
+    if not cards:
+        return [torch.device("cpu")] * instances
+    if not number:
+        return [torch.device("cuda", at % cards) for at in range(instances)]
+    if int(number) >= cards:
+        last = f" to cuda:{cards - 1}" if cards > 1 else ""
+        raise EngineError(f"device is set to {name}, but torch finds only cuda:0{last} here; set it to one of these")
+    return [torch.device("cuda", int(number))] * instances
 
 
 def _without_layers(manifest: Manifest, reason: str) -> Manifest:

@@ -26,7 +26,7 @@ class Loaded:
 
     `runners` are its instances, which share nothing; each computes with `threads` threads. `warmup_ms` is one warm
     forward of one row, `note` what an operator should know of a version that answers, `engines` which engine runs which
-    batch of plain predictions.
+    batch of plain predictions, `cards` the CUDA device of each instance, if they run on any.
     """
 
     manifest: Manifest
@@ -37,6 +37,7 @@ class Loaded:
     warmup_ms: float
     note: str = ""
     engines: str = ""
+    cards: tuple[int, ...] = ()
 
     @property
     def runner(self) -> Runner:

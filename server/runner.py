@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 
 from layercast.models.manifest import Manifest, TensorSpec
+from layercast.server import memory
 from layercast.server.engines.base import Engine, Inputs
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import ModelFailed
@@ -31,7 +32,13 @@ class Runner:
         self.eager = eager
 
     def __call__(self, works: Sequence[Work]) -> list[Rows]:
-        """Return each work's rows, in order. Raises ModelFailed when the model gives another number of rows."""
+        """Return each work's rows, in order.
+
+        Raises ModelFailed when the model gives another number of rows, OutOfMemory when there is not enough for them.
+        """
+        return memory.within(lambda: self._run(works), lambda: self._too_large(sum(work.rows for work in works)))
+
+    def _run(self, works: Sequence[Work]) -> list[Rows]:
         inputs = self._join(works)
         rows = sum(work.rows for work in works)
         taps = list(dict.fromkeys(tap for work in works for tap in work.taps))
@@ -47,6 +54,13 @@ class Runner:
             outputs = {name: self._own(array) for name, array in outputs.items()}
             features = {tap: self._own(array) for tap, array in features.items()}
         return _split(works, outputs, features)
+
+    def _too_large(self, rows: int) -> str:
+        device = "GPU" if self.fast.device == "cuda" else "machine"
+        return (
+            f"{rows} rows of model {self._manifest.name!r} together take more memory than the {device} has left; "
+            f"send fewer rows in a request, smaller ones, or ask for fewer layers"
+        )
 
     def _join(self, works: Sequence[Work]) -> Inputs:
         if len(works) == 1:

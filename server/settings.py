@@ -29,7 +29,7 @@ from layercast.models.foreign.trust import Trust
 from layercast.server.errors import StartError
 
 EngineName = Literal["auto", "eager", "torchscript", "onnx", "exported", "onnx-int8"]
-DeviceName = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
 
 MODEL_FILE = "layercast.toml"
 _PREFIX = "LAYERCAST_"
@@ -91,10 +91,23 @@ class ModelSettings(BaseModel):
     allow_int8: bool = Field(
         default=False, description="let auto take onnx-int8 too, which is faster for some models and less accurate"
     )
-    device: DeviceName = Field(default="auto", description="where models run; auto takes a GPU if there is one")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:(0|[1-9]\d{0,2}))?)$",
+        description="where models run: cpu, cuda (instances in turn on all GPUs), cuda:1; auto takes a GPU if there is one",
+    )
+    precision: Precision = Field(
+        default="fp32", description="bf16 computes products and convolutions in BF16, on engine eager alone"
+    )
     versions: Literal["all", "latest"] = Field(
         default="all", description="which versions are served; latest is the highest that loads"
     )
+
+    @model_validator(mode="after")
+    def _bf16_fits(self) -> Self:
+        if self.precision == "bf16" and self.engine not in ("auto", "eager"):
+            raise ValueError(f"precision bf16 is for engine eager, not {self.engine}; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _preferred_fits(self) -> Self:

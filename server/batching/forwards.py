@@ -9,12 +9,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Final
 
 from layercast.server.batching.gather import Batch
 from layercast.server.batching.instance import Instance, Ran, Run
 from layercast.server.batching.policy import Reason
-from layercast.server.errors import ModelFailed
+from layercast.server.errors import ModelFailed, OutOfMemory
 from layercast.server.work import Work
 
 logger = logging.getLogger(__name__)
@@ -103,11 +104,11 @@ class Forwards:
     def _ended(self, instance: Instance, batch: Batch, ran: Ran | None, error: Exception | None) -> bool:
         """Tell the batch's works; return whether the instance is free again.
 
-        When the model raised, each work runs alone, so that only the culprit fails. A model that breaks its contract
+        When the model raised, the works run again, so that only the culprit fails. A model that breaks its contract
         does so for every row: the whole batch fails, and nothing is run again.
         """
-        if error and len(batch.works) > 1 and not isinstance(error, ModelFailed):
-            task = asyncio.get_running_loop().create_task(self._each_alone(instance, batch))
+        if error and _separable(batch.works, error):
+            task = asyncio.get_running_loop().create_task(self._apart(instance, batch, error))
             self._alone.add(task)
             task.add_done_callback(self._alone.discard)
             return False
@@ -115,18 +116,27 @@ class Forwards:
         self._leave(instance, batch)
         return True
 
-    async def _each_alone(self, instance: Instance, batch: Batch) -> None:
-        for work in batch.works:
-            if not work.alive(time.perf_counter_ns()):
-                continue
-            try:
-                ran = await instance.run([work])
-            except Exception as error:
-                self._tell([work], None, error, batch.reason)
-            else:
-                self._tell([work], ran, None, batch.reason)
+    async def _apart(self, instance: Instance, batch: Batch, error: Exception) -> None:
+        await self._again(instance, batch.works, error, batch.reason)
         self._leave(instance, batch)
         self._freed()
+
+    async def _again(self, instance: Instance, works: Sequence[Work], error: Exception, reason: Reason) -> None:
+        """Run works, whose forward ended with `error`, in parts: each alone, or halves where memory ran out."""
+        parts = _halves(works) if isinstance(error, OutOfMemory) else [[work] for work in works]
+        for part in parts:
+            alive = [work for work in part if work.alive(time.perf_counter_ns())]
+            if not alive:
+                continue
+            try:
+                ran = await instance.run(alive)
+            except Exception as raised:
+                if _separable(alive, raised):
+                    await self._again(instance, alive, raised, reason)
+                else:
+                    self._tell(alive, None, raised, reason)
+            else:
+                self._tell(alive, ran, None, reason)
 
     def _tell(self, works: Sequence[Work], ran: Ran | None, error: Exception | None, reason: Reason) -> None:
         if ran is None:
@@ -144,3 +154,15 @@ class Forwards:
     def _leave(self, instance: Instance, batch: Batch) -> None:
         self.running.difference_update(batch.works)
         self._free.append(instance)
+
+
+def _separable(works: Sequence[Work], error: Exception) -> bool:
+    """Tell whether some of the works may well run where all together did not."""
+    return len(works) > 1 and not isinstance(error, ModelFailed)
+
+
+def _halves(works: Sequence[Work]) -> tuple[Sequence[Work], Sequence[Work]]:
+    """Return works in two parts, neither empty, with about as many rows each."""
+    ends = list(accumulate(work.rows for work in works))
+    middle = min(range(1, len(works)), key=lambda at: abs(2 * ends[at - 1] - ends[-1]))
+    return works[:middle], works[middle:]

@@ -1,34 +1,51 @@
 """Engine on the `nn.Module` itself: plain predictions, and any layer through forward hooks."""
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layercast.models.artefact import to_numpy
 from layercast.models.explain import ExplainError, Explanation, explain
 from layercast.models.explain.inputs import Inputs as ExplainInputs
 from layercast.models.explain.subject import Progress
 from layercast.models.hooks import FeatureExtractor, LayerError, ReducerError
 from layercast.models.manifest import Manifest
+from layercast.server import memory
+from layercast.server.engines import place
 from layercast.server.engines.base import Inputs, Outputs
-from layercast.server.engines.tensors import to_outputs, to_tensors
+from layercast.server.engines.choice import Buckets
+from layercast.server.engines.golden import Tolerance
+from layercast.server.engines.graphs import Graphs, NotCaptured, capture
+from layercast.server.engines.place import OnCard, Tensors
+from layercast.server.engines.tensors import as_declared, by_name, to_tensors
 from layercast.server.errors import InvalidArgument
+from layercast.server.settings import Precision
 from layercast.server.work import Array, Tap
+
+logger = logging.getLogger(__name__)
 
 
 class EagerEngine:
-    """Runs the module in inference mode; the one engine that can show what is inside."""
+    """Runs the module in inference mode; the one engine that can show what is inside.
+
+    With the precision `bf16`, matrix products and convolutions are computed in BF16 (torch.autocast).
+    """
 
     name = "eager"
 
-    def __init__(self, module: nn.Module, manifest: Manifest, device: torch.device) -> None:
-        self.device = device.type
-        self._module = module
+    def __init__(
+        self, module: nn.Module, manifest: Manifest, device: torch.device, precision: Precision = "fp32"
+    ) -> None:
+        self._place = place.at(device, manifest.inputs)
+        self.device = self._place.kind
+        self._module = module.to(self._place.device)
         self._manifest = manifest
-        self._device = device
+        self._precision = precision
+        self._graphs: Graphs | None = None
         self._known = [layer.path for layer in manifest.layers if layer.available]
         self._clone = [layer.path for layer in manifest.layers if layer.clone]
         self._explained = _double(module)
@@ -40,9 +57,24 @@ class EagerEngine:
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output for the batch."""
-        with torch.inference_mode():
-            result = self._module(**to_tensors(inputs, self._manifest.inputs, self._device))
-            return to_outputs(result, self._manifest.outputs)
+        if self._graphs and isinstance(self._place, OnCard) and (graph := self._graphs.fitting(inputs)):
+            return self._place.replay(graph, inputs)
+        return self._place.run(inputs, self._forward)
+
+    def capture(self, buckets: Buckets) -> None:
+        """On a card, record the forward as CUDA graphs, which run plain batches from then on; log why if that fails."""
+        if not isinstance(self._place, OnCard):
+            return
+        manifest, agree = self._manifest, Tolerance(self._precision).agree
+        try:
+            self._graphs = capture(self._place, self._forward, manifest.inputs, manifest.outputs, buckets, agree)
+        except NotCaptured as error:
+            memory.release()
+            logger.warning("%s: no CUDA graphs, every batch runs layer by layer: %s", manifest.name, error)
+
+    def forget_graphs(self) -> None:
+        """Give back the memory of the CUDA graphs."""
+        self._graphs = None
 
     def tapped(self, inputs: Inputs, taps: Sequence[Tap], predict: bool) -> tuple[Outputs, dict[Tap, Array]]:
         """Return the outputs (none unless `predict`) and the taps' values from one forward with hooks.
@@ -54,14 +86,22 @@ class EagerEngine:
         extractor = FeatureExtractor(
             self._module, list(names.values()), known=self._known, clone=self._clone, predictions=predict
         )
-        with torch.inference_mode(), extractor:
-            tensors = to_tensors(inputs, self._manifest.inputs, self._device)
-            try:
-                result = extractor.run(**tensors, token_mask=self._token_mask(tensors))
-            except ReducerError as error:
-                raise InvalidArgument(str(error)) from error
-            outputs = to_outputs(result.output, self._manifest.outputs) if predict else {}
-            return outputs, {tap: to_numpy(result.features[name]) for tap, name in names.items()}
+
+        def forward(tensors: Tensors) -> dict[str | Tap, Tensor]:
+            with self._autocast():
+                try:
+                    result = extractor.run(**tensors, token_mask=self._token_mask(tensors))
+                except ReducerError as error:
+                    raise InvalidArgument(str(error)) from error
+            return {
+                **(self._outputs(result.output) if predict else {}),
+                **{tap: result.features[name] for tap, name in names.items()},
+            }
+
+        with extractor:
+            arrays = self._place.run(inputs, forward)
+        features = {tap: arrays.pop(tap) for tap in names}
+        return {name: array for name, array in arrays.items() if isinstance(name, str)}, features
 
     def explain(
         self, inputs: Inputs, method: str, targets: int | Sequence[int] | None, progress: Progress, **arguments: Any
@@ -72,13 +112,28 @@ class EagerEngine:
         """
         if isinstance(self._explained, Exception):
             raise InvalidArgument(f"this model can't be explained, since its module can't be copied: {self._explained}")
-        tensors = to_tensors(inputs, self._manifest.inputs, self._device)
+        tensors = to_tensors(inputs, self._manifest.inputs, self._place.device)
         try:
             of = ExplainInputs(tensors, arguments.get("of")).of
             mask = self._token_mask({of: tensors[of]})
             return explain(self._explained, tensors, method, targets, token_mask=mask, progress=progress, **arguments)
         except (ExplainError, LayerError) as error:
             raise InvalidArgument(str(error)) from error
+
+    def _forward(self, tensors: Tensors) -> dict[str, Tensor]:
+        with self._autocast():
+            result = self._module(**tensors)
+        return self._outputs(result)
+
+    def _outputs(self, result: object) -> dict[str, Tensor]:
+        named = by_name(result, self._manifest.outputs)
+        return as_declared(named, self._manifest.outputs) if self._precision == "bf16" else named
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        # A cache of converted weights would be part of a captured graph, and gone when it is replayed.
+        if self._precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self._place.device.type, torch.bfloat16, cache_enabled=False)
 
     def _token_mask(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Return which tokens count, [N, T], for a model with a padded input: reducers leave the others out."""

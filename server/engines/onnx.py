@@ -1,19 +1,27 @@
 """Engine on ONNX Runtime."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
 import torch
+from torch import Tensor
 
-from layercast.models.manifest import Manifest
+from layercast.models.datatypes import TORCH_DTYPES
+from layercast.models.manifest import Manifest, TensorSpec
 from layercast.models.onnx_runtime import onnxruntime
+from layercast.server.engines import place
 from layercast.server.engines.base import EngineError, Inputs, Outputs, in_memory, not_loaded
+from layercast.server.engines.place import OnCard, Tensors
 
-_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+_BFLOAT16: Final = 16
+"""Of onnx.TensorProto.DataType; numpy has no such type."""
 
 
 class OnnxEngine:
-    """Runs `model.onnx` with ONNX Runtime on the CPU or a CUDA device, or the int8 program on the CPU."""
+    """Runs `model.onnx` with ONNX Runtime on the CPU or a CUDA device, or the int8 program on the CPU.
+
+    On a card it reads and writes torch's tensors there (IO binding), on the stream of its place.
+    """
 
     def __init__(
         self,
@@ -33,18 +41,59 @@ class OnnxEngine:
         # Idle threads that spin would take the CPU from the event loop.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         content = manifest.read_verified(directory, manifest.programs[name])
-        providers = _PROVIDERS[device.type]
+        where = place.at(device, manifest.inputs) if device.type == "cuda" else None
+        self._place = where if isinstance(where, OnCard) else None
+        providers = self._place.card.providers(self._place.computing) if self._place else ["CPUExecutionProvider"]
         with in_memory(content) as path:
             try:
                 self._session = onnxruntime.InferenceSession(path, options, providers=providers)
             except Exception as error:  # its exceptions share no class of their own
                 raise not_loaded(manifest.programs[name], error, path) from error
         # Asked for a provider that it can't load, ONNX Runtime falls back to the CPU without an error.
-        if self._session.get_providers()[0] != providers[0]:
-            raise EngineError(f"ONNX Runtime has no working {providers[0]}; it would run on the CPU unasked")
+        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        if self._session.get_providers()[0] != wanted:
+            raise EngineError(f"ONNX Runtime has no working {wanted}; it would run on the CPU unasked")
         self.device = device.type
+        self._specs = manifest.outputs
         self._outputs = [spec.name for spec in manifest.outputs]
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output for the batch."""
+        if self._place:
+            return self._place.run(inputs, self._bound)
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+    def _bound(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Run on tensors that are where the session computes; what it gives is there too, where its size is known."""
+        binding = self._session.io_binding()
+        for name, tensor in tensors.items():
+            binding.bind_input(name, **_buffer(tensor))
+        rows = len(next(iter(tensors.values())))
+        results = {spec.name: self._room(spec, rows) for spec in self._specs if not spec.dynamic_dimensions()}
+        for name in self._outputs:
+            if name in results:
+                binding.bind_output(name, **_buffer(results[name]))
+            else:
+                binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        values = binding.get_outputs()
+        return {
+            name: results[name] if name in results else torch.from_numpy(value.numpy())
+            for name, value in zip(self._outputs, values, strict=True)
+        }
+
+    def _room(self, spec: TensorSpec, rows: int) -> Tensor:
+        assert self._place is not None
+        return torch.empty((rows, *spec.shape[1:]), dtype=TORCH_DTYPES[spec.datatype], device=self._place.device)
+
+
+def _buffer(tensor: Tensor) -> dict[str, Any]:
+    """Return what ONNX Runtime asks of memory that it is to read or write."""
+    bf16 = tensor.dtype == torch.bfloat16
+    return {
+        "device_type": tensor.device.type,
+        "device_id": tensor.device.index or 0,
+        "element_type": _BFLOAT16 if bf16 else torch.empty(0, dtype=tensor.dtype).numpy().dtype.type,
+        "shape": tuple(tensor.shape),
+        "buffer_ptr": tensor.data_ptr(),
+    }

@@ -4,49 +4,51 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from layercast.models.export.exported import load as load_exported
 from layercast.models.export.torchscript import load as load_torchscript
 from layercast.models.manifest import Manifest, ManifestError, Program
+from layercast.server.engines import place
 from layercast.server.engines.base import Inputs, Outputs, not_loaded
-from layercast.server.engines.tensors import to_outputs, to_tensors
+from layercast.server.engines.place import Place, Tensors
+from layercast.server.engines.tensors import by_name
 
 
 class ProgramEngine:
     """Runs a callable torch program in inference mode."""
 
-    def __init__(self, name: str, program: Callable[..., object], manifest: Manifest, device: torch.device) -> None:
+    def __init__(self, name: str, program: Callable[..., object], manifest: Manifest, where: Place) -> None:
         self.name = name
-        self.device = device.type
+        self.device = where.kind
         self._program = program
         self._manifest = manifest
-        self._device = device
+        self._place = where
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output for the batch."""
-        with torch.inference_mode():
-            tensors = to_tensors(inputs, self._manifest.inputs, self._device)
-            return to_outputs(self._program(*tensors.values()), self._manifest.outputs)
+        return self._place.run(inputs, self._forward)
+
+    def _forward(self, tensors: Tensors) -> dict[str, Tensor]:
+        return by_name(self._program(*tensors.values()), self._manifest.outputs)
 
 
 def torchscript(directory: Path, manifest: Manifest, device: torch.device) -> ProgramEngine:
     """Load `model.ts`."""
-    program = _loaded(load_torchscript, directory, manifest, device, "torchscript")
-    return ProgramEngine("torchscript", program, manifest, device)
+    return _engine(load_torchscript, directory, manifest, device, "torchscript")
 
 
 def exported(directory: Path, manifest: Manifest, device: torch.device) -> ProgramEngine:
     """Load `model.pt2`."""
-    program = _loaded(load_exported, directory, manifest, device, "exported")
-    return ProgramEngine("exported", program, manifest, device)
+    return _engine(load_exported, directory, manifest, device, "exported")
 
 
-def _loaded(
+def _engine(
     load: Callable[..., Callable[..., object]], directory: Path, manifest: Manifest, device: torch.device, name: Program
-) -> Callable[..., object]:
-    program = manifest.programs[name]
+) -> ProgramEngine:
+    program, where = manifest.programs[name], place.at(device, manifest.inputs)
     try:
-        return load(directory, manifest, device.type)
+        return ProgramEngine(name, load(directory, manifest, str(where.device)), manifest, where)
     except ManifestError:
         raise
     except Exception as error:

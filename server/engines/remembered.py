@@ -16,6 +16,7 @@ import torch
 
 from layercast.models.manifest import Manifest
 from layercast.models.versions import tool_versions
+from layercast.server.engines import cuda
 from layercast.server.engines.choice import Buckets, Candidate, Choice
 from layercast.server.engines.timing import Costs
 
@@ -30,7 +31,12 @@ class Remembered:
     """The choice of one artefact on this machine: in `folder`, or nowhere when that is None."""
 
     def __init__(
-        self, folder: Path | None, manifest: Manifest, device: str, candidates: list[Candidate], buckets: Buckets
+        self,
+        folder: Path | None,
+        manifest: Manifest,
+        device: torch.device,
+        candidates: list[Candidate],
+        buckets: Buckets,
     ) -> None:
         self._candidates = candidates
         self._buckets = buckets
@@ -70,7 +76,7 @@ class Remembered:
         except OSError as error:
             logger.warning("the engines chosen can't be kept for the next start: %s", error.strerror or error)
 
-    def _key(self, manifest: Manifest, device: str) -> str:
+    def _key(self, manifest: Manifest, device: torch.device) -> str:
         depends = {
             "format": _FORMAT,
             "files": {name: manifest.files[name].sha256 for name in sorted(manifest.files)},
@@ -106,11 +112,11 @@ def _prune(folder: Path) -> None:
             path.unlink()
 
 
-def _machine(device: str) -> list[str]:
+def _machine(device: torch.device) -> list[str]:
     """Say what computes: the model of the processor, and of the GPU where that is used."""
     found = [platform.machine(), platform.processor()]
     with suppress(OSError):  # only Linux has the file
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         # The first processor's, which the others are like.
         found += [next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags")]
-    return found if device == "cpu" else [*found, torch.cuda.get_device_name()]
+    return found if device.type == "cpu" else [*found, cuda.name(device.index)]

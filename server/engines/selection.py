@@ -32,14 +32,16 @@ class Engines:
     eager: EagerEngine | None
 
     @classmethod
-    def load(cls, source: Source, candidates: Iterable[Candidate], recorded: Golden) -> Self:
+    def load(cls, source: Source, candidates: Iterable[Candidate], recorded: Golden, buckets: Buckets) -> Self:
         """Load engines and let each reproduce the golden outputs; EngineError when that can't be."""
         eager = source.eager()
         engines = cls(source.engines(candidates, eager), eager)
+        if eager and eager in engines.fast.values():
+            eager.capture(buckets)
         every: list[Engine] = [eager] if eager else []
         every += [engine for engine in engines.fast.values() if engine is not eager]
         for engine in every:
-            check_golden(engine, recorded, source.manifest)
+            check_golden(engine, recorded, source.manifest, source.precision)
         return engines
 
     def chosen(self, choice: Choice, manifest: Manifest) -> Engine:
@@ -56,14 +58,14 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
     manifest, candidates = source.manifest, source.candidates(settings)
     buckets = Buckets.of(manifest.inputs, settings.max_batch)
     if len(candidates) == 1:
-        return Choice.only(candidates[0], buckets), Engines.load(source, candidates, recorded)
-    kept = Remembered(folder, manifest, source.device.type, candidates, buckets)
+        return Choice.only(candidates[0], buckets), Engines.load(source, candidates, recorded, buckets)
+    kept = Remembered(folder, manifest, source.device, candidates, buckets)
     if known := kept.read():
-        engines = Engines.load(source, known.used, recorded)
+        engines = Engines.load(source, known.used, recorded, buckets)
         if engines.fast.keys() == set(known.used):
             logger.info("%s: %s, as measured before", manifest.name, known)
             return known, engines
-    engines = Engines.load(source, candidates, recorded)
+    engines = Engines.load(source, candidates, recorded, buckets)
     began = time.perf_counter()
     runs = {candidate: engine.run for candidate, engine in engines.fast.items()}
     choice, costs = timing.fastest(runs, _Batches(manifest, recorded).make, buckets, source.threads)
@@ -71,7 +73,10 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
     tried = ", ".join(map(str, runs))
     logger.info("%s: %s; measured %s in %.1f s", manifest.name, choice, tried, time.perf_counter() - began)
     # What runs nothing leaves memory; layers need the eager one.
-    return choice, Engines({candidate: engines.fast[candidate] for candidate in choice.used}, engines.eager)
+    used = {candidate: engines.fast[candidate] for candidate in choice.used}
+    if engines.eager and engines.eager not in used.values():
+        engines.eager.forget_graphs()
+    return choice, Engines(used, engines.eager)
 
 
 def golden_rows(recorded: Golden, rows: int) -> Inputs:

@@ -16,7 +16,7 @@ from layercast.server.engines.base import Engine, EngineError
 from layercast.server.engines.choice import Candidate
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.onnx import OnnxEngine
-from layercast.server.settings import EngineName, ModelSettings
+from layercast.server.settings import EngineName, ModelSettings, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Source:
     threads: int
     trust: Trust
     untrusted: str
+    precision: Precision = "fp32"
 
     def eager(self) -> EagerEngine | None:
         """Return the engine that layers need, or None for code that is not trusted."""
@@ -49,7 +50,7 @@ class Source:
             return None
         module = load_module(self.directory, self.manifest, self.trust)
         assert_eval(module)
-        return EagerEngine(module.to(self.device), self.manifest, self.device)
+        return EagerEngine(module, self.manifest, self.device, self.precision)
 
     def candidates(self, settings: ModelSettings) -> list[Candidate]:
         """Return what may run plain predictions, the likeliest first.
@@ -59,6 +60,8 @@ class Source:
         asked = settings.engine
         if asked == "eager" and self.untrusted:
             raise EngineError(f"engine eager is asked for, but {self.untrusted}")
+        if settings.precision == "bf16" and self.untrusted:
+            raise EngineError(f"precision bf16 needs engine eager, but {self.untrusted}")
         if asked not in ("auto", "eager", *self.manifest.programs):
             raise EngineError(f"engine {asked} is asked for, but the artefact has no such program")
         names = [asked] if asked != "auto" else self._of_auto(settings)
@@ -82,6 +85,8 @@ class Source:
         return engines
 
     def _of_auto(self, settings: ModelSettings) -> list[EngineName]:
+        if settings.precision == "bf16":
+            return ["eager"]
         # What TorchScript and torch.export programs can do as they load and run is not bounded: reading files, for one.
         names = [name for name in _TRIED if name in self.manifest.programs and not (self.untrusted and name in _CODE)]
         if settings.allow_int8 and "onnx-int8" in self.manifest.programs and self.device.type == "cpu":

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layercast.models.artefact import to_numpy
+from layercast.models.datatypes import TORCH_DTYPES
 from layercast.models.export.positional import named_outputs
 from layercast.models.manifest import TensorSpec
-from layercast.server.engines.base import Inputs, Outputs
+from layercast.server.engines.base import Inputs
 from layercast.server.work import Array
 
 
@@ -25,7 +25,16 @@ def _to_tensor(array: Array, datatype: str, device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.to(device)
 
 
-def to_outputs(result: object, specs: Sequence[TensorSpec]) -> Outputs:
-    """Return what the model or a program returned (a tensor, tuple, list or dict) as arrays by output name."""
-    named = named_outputs(result, [spec.name for spec in specs])
-    return {name: to_numpy(tensor) for name, tensor in named.items()}
+def by_name(result: object, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """Return what the model or a program returned (a tensor, tuple, list or dict) by output name."""
+    return named_outputs(result, [spec.name for spec in specs])
+
+
+def as_declared(tensors: dict[str, Tensor], specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """Return outputs that were computed in BF16 in the floats that the manifest declares."""
+    return {
+        spec.name: tensors[spec.name].to(TORCH_DTYPES[spec.datatype])
+        if tensors[spec.name].dtype == torch.bfloat16
+        else tensors[spec.name]
+        for spec in specs
+    }

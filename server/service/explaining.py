@@ -11,6 +11,7 @@ from layercast.models.explain.subject import Progress
 from layercast.models.manifest import Manifest
 from layercast.proto.codec import decode_named, named_tensor
 from layercast.proto.messages import ExplainRequest, ExplainResponse, Timing
+from layercast.server import memory
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import InvalidArgument, ResourceExhausted, Unavailable
 from layercast.server.explaining import Explained, ExplainLane, Job
@@ -76,7 +77,10 @@ def _job(model: ServedModel, engine: EagerEngine, request: ExplainRequest, input
 
     def job(progress: Progress) -> Explanation:
         torch.set_num_threads(model.loaded.threads)  # each thread has its own number
-        return engine.explain(inputs, request.method, targets, progress, **arguments)
+        return memory.within(
+            lambda: engine.explain(inputs, request.method, targets, progress, **arguments),
+            lambda: "the explanation takes more memory than there is left; send fewer rows, or smaller ones",
+        )
 
     return job
 

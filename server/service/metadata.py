@@ -129,8 +129,9 @@ def _config(model: ServedModel) -> ModelConfig:
         output=[ModelOutput(name=s.name, data_type=_data_type(s), dims=s.shape[1:]) for s in manifest.outputs],
     )
     config.parameters["engines"].string_value = model.loaded.engines
-    kind = "KIND_GPU" if model.loaded.runner.fast.device == "cuda" else "KIND_CPU"
-    config.instance_group.add(name=manifest.name, count=batcher.instances, kind=ModelInstanceGroup.Kind.Value(kind))
+    cards = model.loaded.cards
+    kind = ModelInstanceGroup.Kind.Value("KIND_GPU" if cards else "KIND_CPU")
+    config.instance_group.add(name=manifest.name, count=batcher.instances, kind=kind, gpus=sorted(set(cards)))
     if settings.versions == "latest":
         config.version_policy.latest.num_versions = 1
     else:
