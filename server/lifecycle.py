@@ -72,10 +72,10 @@ class Server:
         }
         self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection, security)
         rest = routes(services[INFERENCE_SERVICE], self.metrics, settings.max_message_bytes, security)
-        web = application(self.repository, self.metrics.registry, rest, security)
+        web = application(self.repository, self.metrics, rest, security)
         tls = security.certificates.context if security.certificates else None
         self._http = HttpFrontEnd(web, "HTTP", "--http-port", tls)
-        scraped = metrics_application(self.metrics.registry, rest)
+        scraped = metrics_application(self.metrics, rest)
         self._metrics_http = HttpFrontEnd(scraped, "metrics", "--metrics-port")
         self._watching: asyncio.Task[None] | None = None
         self._stopped = False

@@ -13,6 +13,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from layercast.server.counting import Count, Family, Level, Spread
+from layercast.server.gpus import Gpus
 
 LATENCY_BUCKETS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
@@ -31,6 +32,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.gpus = Gpus(self.registry)
         self._of_models: list[Family[Count] | Family[Level] | Family[Spread]] = []
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)

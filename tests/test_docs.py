@@ -30,6 +30,7 @@ import grpc
 import pytest
 from documentation import ROOT, table
 from documentation_run import Surroundings, run
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Running, running
 
@@ -41,6 +42,7 @@ from layercast.models.export.writer import export_artefact
 from layercast.models.reducers import REDUCERS
 from layercast.proto.rpc import FEATURES, INFERENCE
 from layercast.proto.tensors import BFLOAT16, DATATYPES
+from layercast.server.gpus import Gpus
 from layercast.server.settings import ModelSettings, Settings
 
 DOCS = ROOT / "docs"
@@ -180,12 +182,18 @@ def test_the_metrics_table_is_what_a_server_with_models_shows(zoo_served: Runnin
         families = list(text_string_to_metric_families(response.read().decode()))
     shown = {}
     for family in families:
-        if not family.name.startswith(("python_", "process_")) and not family.name.endswith("_created"):
+        if not family.name.startswith(("python_", "process_", "layercast_gpu_")) and not family.name.endswith("_created"):
             sample = family.samples[0]
             name = sample.name if family.type == "counter" else family.name
             shown[name] = (family.type, set(sample.labels) - {"le"})
     rows = table(DOCS / "metrics.md", "## Every metric")
     assert {row[0]: (row[1], set(row[2].split(", ")) - {""}) for row in rows} == shown
+
+
+def test_the_table_of_gpu_metrics_is_what_a_server_on_a_gpu_shows() -> None:
+    rows = table(DOCS / "metrics.md", "## GPUs")
+    shown = {family.name: (family.type, {*family._labelnames}) for family in Gpus(CollectorRegistry()).describe()}
+    assert {row[0]: (row[1], set(row[2].split(", "))) for row in rows} == shown
 
 
 def test_the_table_of_calls_is_what_the_server_answers(zoo_served: Running) -> None:

@@ -15,6 +15,8 @@ from test_server_inference import offline, rows_for
 from torch import nn
 
 from layercast.models.export.writer import export_artefact
+from layercast.models.foreign.factory import Code, build
+from layercast.models.foreign.trust import ARTEFACT_CODE, Trust
 from layercast.models.hooks import FeatureExtractor
 from layercast.models.manifest import Manifest
 from layercast.server.engines import cuda
@@ -27,6 +29,7 @@ from layercast.server.settings import ModelSettings
 from layercast.server.work import Tap
 
 CUDA = torch.device("cuda", 0)
+CARD = cuda.Card  # which `use` replaces
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +156,9 @@ class Computes(nn.Module):
     ],
     ids=["waits", "computes"],
 )
-def test_a_forward_that_no_graph_can_hold_runs_layer_by_layer_and_the_log_says_why(artefact, cards, caplog, module, why):
+def test_a_forward_that_no_graph_can_hold_runs_layer_by_layer_and_the_log_says_why(
+    artefact, cards, caplog, module, why
+):
     engine = eager(module.eval(), artefact)
     assert caplog.messages == [f"tiny: no CUDA graphs, every batch runs layer by layer: {why}"]
     logged = len(cards[0].log)
@@ -167,7 +172,7 @@ def test_a_forward_that_no_graph_can_hold_runs_layer_by_layer_and_the_log_says_w
 def test_only_what_a_reducer_left_comes_back(texts, modules, cards):
     engine = EagerEngine(modules["transformer"], Manifest.read(texts), CUDA)
     tokens = rows_for("transformer", 3, 20)
-    layer = next(layer.name for layer in Manifest.read(texts).layers if len(layer.shape) == 3 and layer.available)
+    layer = next(layer.path for layer in Manifest.read(texts).layers if layer.available and len(layer.shape) == 3)
     outputs, features = engine.tapped({"tokens": tokens}, [Tap(layer, "mean")], predict=False)
     assert outputs == {}
     with torch.inference_mode(), FeatureExtractor(modules["transformer"], [f"{layer}@mean"]) as extractor:
@@ -179,7 +184,7 @@ def test_only_what_a_reducer_left_comes_back(texts, modules, cards):
 
 def test_outputs_and_layers_come_together(artefact, cards):
     engine = EagerEngine(tiny.module(1), Manifest.read(artefact), CUDA)
-    layer = next(layer.name for layer in Manifest.read(artefact).layers if layer.available)
+    layer = next(layer.path for layer in Manifest.read(artefact).layers if layer.available)
     outputs, features = engine.tapped({"x": tiny.ROWS}, [Tap(layer)], predict=True)
     np.testing.assert_allclose(outputs["output"], tiny.expected(1), atol=1e-6)
     assert list(features) == [Tap(layer)]
@@ -197,18 +202,25 @@ def test_onnx_runtime_reads_and_writes_where_the_card_computes(artefact, cards):
         assert f"compute: copy [{rows}, 10]" in cards[0].log
 
 
-class _Wide(nn.Module):
+WIDE = b"""
+from torch import nn
+
+class Wide(nn.Module):
     def forward(self, x):
         return x * 2
+"""
 
 
 def test_onnx_runtime_makes_room_itself_for_outputs_of_any_size(tmp_path, cards):
     spec = {"datatype": "FP32", "shape": [-1, -1]}
     card = {
-        "name": "wide", "architecture": "MLP", "arguments": {},
+        "name": "wide", "architecture": "wide.py:Wide", "arguments": {},
         "inputs": [{"name": "x", **spec}], "outputs": [{"name": "y", **spec}],
     }  # fmt: skip
-    export_artefact(_Wide().eval(), card, tmp_path / "1", programs=("onnx",))
+    (tmp_path / "wide.py").write_bytes(WIDE)
+    code = Code("wide.py", WIDE, tmp_path / "wide.py")
+    module = build("wide.py:Wide", {}, Trust.of([ARTEFACT_CODE]), code).eval()
+    export_artefact(module, card, tmp_path / "1", programs=("onnx",), code=code)
     engine = OnnxEngine(tmp_path / "1", Manifest.read(tmp_path / "1"), CUDA, 1)
     for shape in ((2, 5), (3, 1)):
         x = np.random.default_rng(0).random(shape, dtype="f4")
@@ -218,13 +230,13 @@ def test_onnx_runtime_makes_room_itself_for_outputs_of_any_size(tmp_path, cards)
 def test_onnx_runtime_that_would_run_on_the_cpu_unasked_is_refused(artefact, capfd):
     class Asks(FakeCard):
         def providers(self, stream: Any) -> list[Any]:
-            return cuda.Card.providers(SimpleNamespace(device=CUDA), stream)  # type: ignore[arg-type]
+            return CARD.providers(SimpleNamespace(device=CUDA), stream)  # type: ignore[arg-type]
 
     if cuda.count():
         pytest.skip("CUDA works here")
     with use(card=Asks), pytest.raises(EngineError, match="has no working CUDAExecutionProvider; it would run on the"):
         OnnxEngine(artefact, Manifest.read(artefact), CUDA, 1)
-    assert cuda.Card.providers(SimpleNamespace(device=torch.device("cuda", 3)), SimpleNamespace(cuda_stream=77)) == [
+    assert CARD.providers(SimpleNamespace(device=torch.device("cuda", 3)), SimpleNamespace(cuda_stream=77)) == [
         (
             "CUDAExecutionProvider",
             {

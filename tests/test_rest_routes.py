@@ -92,7 +92,7 @@ def recorder(served, monkeypatch):
 
     service, metrics, security = Recorder(), Metrics(), Security(None, None)
     app = application(
-        served.server.repository, metrics.registry, routes([service], metrics, 1 << 20, security), security
+        served.server.repository, metrics, routes([service], metrics, 1 << 20, security), security
     )
     with TestClient(app) as client:
         yield service, client

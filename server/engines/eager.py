@@ -68,9 +68,10 @@ class EagerEngine:
         manifest, agree = self._manifest, Tolerance(self._precision).agree
         try:
             self._graphs = capture(self._place, self._forward, manifest.inputs, manifest.outputs, buckets, agree)
+            return
         except NotCaptured as error:
-            memory.release()
             logger.warning("%s: no CUDA graphs, every batch runs layer by layer: %s", manifest.name, error)
+        memory.release()  # of what was recorded so far, which the error held
 
     def forget_graphs(self) -> None:
         """Give back the memory of the CUDA graphs."""

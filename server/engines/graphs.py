@@ -75,11 +75,13 @@ def capture(
                     card.synchronize()
                     handle, results = card.capture(lambda own=own: forward(own), stream, pool)  # type: ignore[misc]
                 graphs[length, rows] = Graph(rows, length, own, results, handle)
+        for graph in graphs.values():
+            _check(graph, place, forward, specs, agree)
+    except NotCaptured:
+        raise
     except Exception as error:  # whatever a model does that a card can't record
         lines = str(error).strip().splitlines()
         raise NotCaptured(f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]) from error
-    for graph in graphs.values():
-        _check(graph, place, forward, specs, agree)
     return Graphs(graphs, buckets, specs)
 
 
