@@ -94,7 +94,7 @@ class ModelSettings(BaseModel):
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:(0|[1-9]\d{0,2}))?)$",
-        description="where models run: cpu, cuda (instances in turn on all GPUs) or cuda:1; auto takes GPUs if there are",
+        description="where models run: cpu, cuda (instances in turn on all GPUs) or cuda:1; auto takes a GPU if any",
     )
     precision: Precision = Field(
         default="fp32", description="bf16 computes products and convolutions in BF16, on engine eager alone"
