@@ -6,7 +6,6 @@ attention.maps["blocks.0.attn"]                      # [N, H, T, S]
 rollout(list(attention.maps.values()), token_mask)   # [N, T, T]
 """
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from layercast.models.hook_points import LayerError, fused_attention_off, module_kinds
 from layercast.models.layer_names import LayerName, Pattern, nearest
 from layercast.models.layers.attention import MultiHeadAttention
+from layercast.models.torch_attention import attention_weights
 
 _KINDS: Final = (MultiHeadAttention, nn.MultiheadAttention)
 
@@ -106,13 +106,10 @@ class AttentionExtractor:
 
     def _keep_torchs(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-            if given["query"].dim() != 3:
+            weights = attention_weights(module, args, kwargs)
+            if weights is None:
                 raise LayerError(f"attention layer {path!r} ran without a batch: its query is not [N, T, D]")
-            with torch.no_grad():
-                _, weights = module.forward(**{**given, "need_weights": True, "average_attn_weights": False})
-            # torch divides zero by zero for a query that may attend to nothing.
-            self._keep(path, weights.detach().nan_to_num(nan=0.0))
+            self._keep(path, weights)
 
         return keep
 
