@@ -2,6 +2,7 @@
 
 from layercast.client.aio import AsyncClient
 from layercast.client.client import Client
+from layercast.client.edits import Edit
 from layercast.client.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -23,6 +24,7 @@ __all__ = [
     "Cancelled",
     "Client",
     "DeadlineExceeded",
+    "Edit",
     "FailedPrecondition",
     "InternalError",
     "InvalidArgument",

@@ -15,6 +15,7 @@ from layercast.client.connection import (
     Connection,
     Deadline,
 )
+from layercast.client.edits import Edit
 from layercast.client.errors import LayercastError, from_status
 from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
@@ -111,6 +112,23 @@ class AsyncClient:
     ) -> dict[str, AnyArray]:
         """See `Client.features`."""
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
+        return await self._run(steps, timeout)
+
+    async def steer(
+        self,
+        model: str,
+        inputs: Inputs,
+        edits: Edit | Sequence[Edit],
+        *,
+        outputs: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] = (),
+        reduce: str | None = None,
+        version: str = "",
+        timeout: float | None = None,
+        id: str = "",
+    ) -> dict[str, AnyArray]:
+        """See `Client.steer`."""
+        steps = self._operations.steer(model, inputs, edits, outputs, layers, reduce, version, id)
         return await self._run(steps, timeout)
 
     async def layers(

@@ -13,6 +13,7 @@ from layercast.client.connection import (
     Connection,
     Deadline,
 )
+from layercast.client.edits import Edit
 from layercast.client.errors import LayercastError, from_status
 from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
@@ -141,6 +142,28 @@ class Client:
         `reduce` is the reducer for those without. `outputs` adds outputs of the model from the same forward.
         """
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
+        return self._run(steps, timeout)
+
+    def steer(
+        self,
+        model: str,
+        inputs: Inputs,
+        edits: Edit | Sequence[Edit],
+        *,
+        outputs: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] = (),
+        reduce: str | None = None,
+        version: str = "",
+        timeout: float | None = None,
+        id: str = "",
+    ) -> dict[str, AnyArray]:
+        """What the model answers when layers are changed for these rows, by output name.
+
+        `edits` are made by the methods of `Edit`. `outputs` names those wanted, None for all. `layers` adds layers of
+        the changed forward, as `features` gives them; an edited one gives its edited values. PermissionDenied unless
+        the operator allows it for the model.
+        """
+        steps = self._operations.steer(model, inputs, edits, outputs, layers, reduce, version, id)
         return self._run(steps, timeout)
 
     def layers(

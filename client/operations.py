@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from layercast.client.edits import Edit
 from layercast.client.errors import InvalidArgument, LayercastError, NotFound, Unavailable
 from layercast.client.translation import Inputs, decoding, encoding, metadata_of, named_inputs, only, taps
 from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata
@@ -31,6 +32,8 @@ from layercast.proto.messages import (
     ServerLiveResponse,
     ServerReadyRequest,
     ServerReadyResponse,
+    SteerRequest,
+    SteerResponse,
 )
 from layercast.proto.rpc import FEATURES, INFERENCE, Method
 
@@ -101,6 +104,33 @@ class Operations:
         response: ExtractResponse = yield from self._with_model(Call(FEATURES["Extract"], request), metadata)
         with decoding(model):
             return decode_named([*response.layers, *response.outputs], kind="output", limit=None)
+
+    def steer(
+        self,
+        model: str,
+        inputs: Inputs,
+        edits: Edit | Sequence[Edit],
+        outputs: str | Sequence[str] | None,
+        layers: str | Sequence[str],
+        reduce: str | None,
+        version: str,
+        identifier: str,
+    ) -> Steps[dict[str, AnyArray]]:
+        """See `Client.steer`."""
+        metadata = yield from self._known(model, version)
+        request = SteerRequest(
+            model_name=model,
+            model_version=version,
+            id=identifier,
+            edits=[edit.message for edit in ([edits] if isinstance(edits, Edit) else edits)],
+            outputs=[outputs] if isinstance(outputs, str) else outputs,
+            layers=taps(layers, reduce),
+        )
+        with encoding():
+            request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
+        response: SteerResponse = yield from self._with_model(Call(FEATURES["Steer"], request), metadata)
+        with decoding(model):
+            return decode_named([*response.outputs, *response.layers], kind="output", limit=None)
 
     def layers(self, model: str, pattern: str, version: str) -> Steps[list[LayerInfo]]:
         """See `Client.layers`."""

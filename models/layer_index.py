@@ -66,9 +66,7 @@ def build_index(module: nn.Module, examples: Examples) -> list[LayerSpec]:
 def _run(module: nn.Module, examples: Examples, batch: int, length: int) -> _Run:
     run = _Run(batch, {}, Counter(), {})
     handles = [
-        part.register_forward_hook(_watch(run, path), with_kwargs=True)
-        for path, part in module.named_modules()
-        if path
+        part.register_forward_hook(_watch(run, path), with_kwargs=True) for path, part in module.named_modules() if path
     ]
     try:
         module(**examples.make(batch, length))
