@@ -42,12 +42,16 @@ class Edit:
     @classmethod
     def zero(cls, layer: str, **where: Unpack[Where]) -> Self:
         """Put zeros there."""
-        return cls(EditMessage(layer=layer, zero=EditMessage.Zero(), **_selected(where)))
+        message = _selecting(layer, where)
+        message.zero.SetInParent()
+        return cls(message)
 
     @classmethod
     def scale(cls, layer: str, factor: float, **where: Unpack[Where]) -> Self:
         """Multiply by `factor`."""
-        return cls(EditMessage(layer=layer, scale=factor, **_selected(where)))
+        message = _selecting(layer, where)
+        message.scale = factor
+        return cls(message)
 
     @classmethod
     def add(cls, layer: str, vector: ArrayLike, **where: Unpack[Where]) -> Self:
@@ -55,22 +59,35 @@ class Edit:
         values = np.asarray(vector, np.float64)
         if values.ndim != 1:
             raise InvalidArgument(f"edit of {layer!r}: want a vector of one dimension, got shape {list(values.shape)}")
-        return cls(EditMessage(layer=layer, add=EditMessage.Vector(values=values.tolist()), **_selected(where)))
+        message = _selecting(layer, where)
+        message.add.SetInParent()
+        message.add.values.extend(values.tolist())
+        return cls(message)
 
     @classmethod
     def clamp(cls, layer: str, low: float | None = None, high: float | None = None, **where: Unpack[Where]) -> Self:
         """Bring values below `low` up to it and those above `high` down; None for no bound."""
-        return cls(EditMessage(layer=layer, clamp=EditMessage.Bounds(low=low, high=high), **_selected(where)))
+        message = _selecting(layer, where)
+        message.clamp.CopyFrom(EditMessage.Bounds(low=low, high=high))
+        return cls(message)
 
     @classmethod
     def mean(cls, layer: str, **where: Unpack[Where]) -> Self:
         """Put the mean over the rows of the request, and over all positions but padding, there."""
-        return cls(EditMessage(layer=layer, mean=EditMessage.Mean(), **_selected(where)))
+        message = _selecting(layer, where)
+        message.mean.SetInParent()
+        return cls(message)
 
 
-def _selected(where: Where) -> dict[str, list[int]]:
-    selected = {}
-    for field in ("units", "channels", "heads", "positions"):
-        given = where.get(field, ())
-        selected[field] = [operator.index(index) for index in (given if isinstance(given, Iterable) else [given])]
-    return selected
+def _selecting(layer: str, where: Where) -> EditMessage:
+    return EditMessage(
+        layer=layer,
+        units=_indices(where.get("units", ())),
+        channels=_indices(where.get("channels", ())),
+        heads=_indices(where.get("heads", ())),
+        positions=_indices(where.get("positions", ())),
+    )
+
+
+def _indices(given: Indices) -> list[int]:
+    return [operator.index(index) for index in (given if isinstance(given, Iterable) else [given])]

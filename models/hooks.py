@@ -173,8 +173,7 @@ class FeatureExtractor:
             call = captures.calls[path]
             captures.calls[path] += 1
             found = list(flatten_output(output))
-            maps = LayerName(path, call, WEIGHTS)
-            if any(self._selects(tap, maps, repeated=True) for tap in self._taps):
+            if isinstance(module, nn.MultiheadAttention) and self._wants(LayerName(path, call, WEIGHTS)):
                 weights = attention_weights(module, args, kwargs)
                 found += [] if weights is None else [(WEIGHTS, weights)]
             for part, tensor in found:
@@ -211,6 +210,9 @@ class FeatureExtractor:
         for tap, name in self._captures.values:
             if self._selects(tap, name, self._repeated(name.path)):
                 yield tap, name
+
+    def _wants(self, name: LayerName) -> bool:
+        return any(self._selects(tap, name, repeated=True) for tap in self._taps)
 
     def _selects(self, tap: _Tap, name: LayerName, repeated: bool) -> bool:
         return tap.pattern.selects(name, repeated, self._kinds.get(name.path, ""))

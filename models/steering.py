@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class _Site:
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: return what stands in the place of `output`."""
         for part, edits in self._next().items():
-            output = _replaced(output, part, lambda value, edits=edits: self._edited(value, edits))
+            output = _replaced(output, part, partial(self._edited, edits=edits))
         return output
 
     def before(self, module: nn.Module, args: Any) -> Any:

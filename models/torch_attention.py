@@ -25,5 +25,4 @@ def attention_weights(module: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     with torch.no_grad():
         _, weights = module.forward(**{**given, "need_weights": True, "average_attn_weights": False})
     # torch divides zero by zero for a query that may attend to nothing.
-    maps: Tensor = weights.detach().nan_to_num(nan=0.0)
-    return maps
+    return None if weights is None else weights.detach().nan_to_num(nan=0.0)

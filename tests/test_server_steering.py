@@ -1,5 +1,6 @@
 """Steered answers of a running server against offline forwards with the same edit written out by hand."""
 
+import asyncio
 import copy
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from test_server_features import arrays, extract, hooked
 from test_server_inference import INPUTS, assert_answers, offline, request, rows_for, values_of, wait_until
 from torch import Tensor, nn
 
-from layercast.client import Client, Edit, PermissionDenied
+from layercast.client import AsyncClient, Client, Edit, InvalidArgument, PermissionDenied
 from layercast.models import edits
 from layercast.models.hooks import registered_hooks
 from layercast.proto.messages import Edit as EditMessage
@@ -301,7 +302,9 @@ def test_a_request_of_more_rows_than_a_batch_runs_in_parts_unless_it_takes_a_mea
     np.testing.assert_allclose(
         client.steer("mnist", x, edit)["logits"], by_hand(modules["mnist"], x, path, change), atol=1e-5
     )
-    with pytest.raises(Exception, match="a mean is taken over rows that run together, model 'mnist' runs at most 16"):
+    with pytest.raises(
+        InvalidArgument, match="a mean is taken over rows that run together, model 'mnist' runs at most 16"
+    ):
         client.steer("mnist", x, DENSE["mean"][0])
 
 
@@ -419,3 +422,46 @@ def test_hooks_are_gone_after_an_error_inside_the_forward(steering, modules, mon
         offline(modules["mnist"], x),
         atol=1e-5,
     )
+
+
+def test_the_async_client_and_edits_that_it_refuses_itself(steering, modules):
+    x = rows_for("mnist", 2)
+    edit, path, change = DENSE["add"]
+
+    async def asked() -> dict[str, np.ndarray]:
+        async with AsyncClient(steering.url) as client:
+            return await client.steer("mnist", x, [edit], outputs=["logits"], layers="net.0.1", reduce="norm")
+
+    got = asyncio.run(asked())
+    assert list(got) == ["logits", "net.0.1@norm"]
+    np.testing.assert_allclose(got["logits"], by_hand(modules["mnist"], x, path, change), atol=1e-5)
+    with pytest.raises(InvalidArgument, match=r"edit of 'net.0': want a vector of one dimension, got shape \[1, 2\]"):
+        Edit.add("net.0", [[1.0, 2.0]])
+    with pytest.raises(TypeError, match="integer"):
+        Edit.zero("net.0", units=[0.5])
+
+
+def test_a_token_takes_features_and_for_the_outputs_predict(one_model, tmp_path, modules):
+    path, x = tmp_path / "tokens.toml", rows_for("shared", 1)
+    tokens = {scopes: f"token-{len(scopes)}-0123456789abcdef" for scopes in (("features",), ("features", "predict"))}
+    path.write_text(
+        "".join(
+            f'[[tokens]]\nname = "{"-".join(scopes)}"\ntoken = "{token}"\nscopes = {list(scopes)}\n'
+            for scopes, token in tokens.items()
+        )
+    )
+    path.chmod(0o600)
+    with running(one_model, engine="eager", token_file=path, steering=True) as server:
+        with Client(server.url, token=tokens["features",]) as client:
+            client.features("shared", x, "relu")
+            with pytest.raises(PermissionDenied, match="do not allow asking for outputs; it takes predict"):
+                client.steer("shared", x, Edit.zero("relu"))
+        with Client(server.url, token=tokens["features", "predict"]) as client:
+            got = client.steer("shared", x, Edit.zero("relu"))["output"]
+    np.testing.assert_allclose(got, by_hand(modules["shared"], x, "relu", put(ALL, 0.0)), atol=1e-5)
+
+
+def test_a_model_without_its_module_says_so(steering, client, monkeypatch):
+    monkeypatch.setattr(steering.server.repository.find("shared", "").loaded.runner, "eager", None)
+    with pytest.raises(InvalidArgument, match="can't be steered: its code is not trusted here"):
+        client.steer("shared", rows_for("shared", 1), Edit.zero("relu"))
