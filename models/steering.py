@@ -95,7 +95,7 @@ class _Site:
                     f"layer {edit.name.path!r} gave values of shape {list(value.shape[1:])} a row for these inputs, "
                     f"not {list(edit.shape[1:])}; they can't be edited"
                 )
-            mask = self._mask[rows] if edit.masked and self._mask is not None else None
+            mask = self._mask[rows].to(value.device) if edit.masked and self._mask is not None else None
             changed[rows] = edited(changed[rows], edit, mask)
         return changed
 

@@ -16,7 +16,13 @@ from test_server_inference import values_of
 from layercast.models import registry
 from layercast.models.export.writer import export_artefact
 from layercast.models.hooks import fused_attention_off
-from layercast.proto.messages import ExplainRequest, ExtractRequest, ListLayersRequest, ModelInferRequest
+from layercast.proto.messages import (
+    ExplainOptions,
+    ExplainRequest,
+    ExtractRequest,
+    ListLayersRequest,
+    ModelInferRequest,
+)
 
 ARCHITECTURES = {
     "pre": ("TransformerEncoder", {"norm_first": True}),
@@ -180,19 +186,24 @@ def test_a_bert_gives_maps_with_eager_attention_and_says_what_else_it_needs(atte
         extract(attending, "bert-sdpa", tokens, f"{layers}[1]")
 
 
-@pytest.mark.parametrize("name", [*OURS, "torch-post"])
+@pytest.mark.parametrize("name", [*OURS, "torch-post", "bert-eager"])
 def test_rollout_equals_one_in_numpy(attending, name):
     """Abnar and Zuidema 2020: half of each layer is its residual, rows are scaled to one, layers are multiplied."""
     tokens = texts(name)
-    glob = "blocks.*.attn.weights@heads" if name in OURS else "*.self_attn[weights]@heads"
+    glob = {"torch-post": "*.self_attn[weights]", "bert-eager": "*.attention.self[1]"}.get(
+        name, "blocks.*.attn.weights"
+    )
     joined, keep = np.eye(9)[None], tokens != PAD[name]
-    for maps in extract(attending, name, tokens, glob).values():
+    for maps in extract(attending, name, tokens, f"{glob}@heads").values():
         step = (0.5 * np.eye(9) + 0.5 * maps) * keep[:, None]
         joined = step / np.maximum(step.sum(-1, keepdims=True), 1e-30) @ joined
     wanted = (joined * keep[:, :, None]).sum(1) / np.maximum(keep.sum(1, keepdims=True), 1)
-    asked = ExplainRequest(model_name=name, method="attention-rollout")
+    asked = ExplainRequest(model_name=name, method="attention-rollout", options=ExplainOptions(layer=glob))
     asked.inputs.add(name="tokens", datatype="INT64", shape=tokens.shape, data=tokens.tobytes())
     attributions = attending.call("Explain", asked).attributions
     got = np.frombuffer(attributions.data, "<f4").reshape(attributions.shape)
+    if name != "bert-eager":  # whose maps only their name tells
+        asked.ClearField("options")
+        assert attending.call("Explain", asked).attributions == attributions
     np.testing.assert_allclose(got, wanted * keep, atol=1e-6)
     np.testing.assert_allclose(got.sum(1), keep.any(1), atol=1e-5)
