@@ -261,11 +261,11 @@ def test_neighbours_of_every_kind_keep_their_answers(steering, modules):
     for i, (x, call) in enumerate(zip(xs, calls, strict=True)):
         plain = offline(modules["mnist"], x)
         if i % 3 == 0:
-            np.testing.assert_allclose(values_of(call.result()), plain, atol=1e-6)
+            np.testing.assert_allclose(values_of(call.result()), plain, atol=1e-5)
         elif i % 3 == 1:
             got = {**arrays(call.result().layers), **arrays(call.result().outputs)}
-            np.testing.assert_allclose(got["logits"], plain, atol=1e-6)
-            np.testing.assert_allclose(got["net.2"], hooked(modules["mnist"], x)["net.2"][0], atol=1e-6)
+            np.testing.assert_allclose(got["logits"], plain, atol=1e-5)
+            np.testing.assert_allclose(got["net.2"], hooked(modules["mnist"], x)["net.2"][0], atol=1e-5)
         else:
             _, path, change = cases[i % len(cases)]
             wanted = by_hand(modules["mnist"], x, path, change)
