@@ -17,7 +17,7 @@ from layercast.client.errors import (
     Unavailable,
     Unimplemented,
 )
-from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata, TensorInfo
+from layercast.client.types import ExplainOptions, Explanation, LayerInfo, ModelInfo, ModelMetadata, TensorInfo, Timing
 
 __all__ = [
     "AsyncClient",
@@ -25,6 +25,8 @@ __all__ = [
     "Client",
     "DeadlineExceeded",
     "Edit",
+    "ExplainOptions",
+    "Explanation",
     "FailedPrecondition",
     "InternalError",
     "InvalidArgument",
@@ -36,6 +38,7 @@ __all__ = [
     "PermissionDenied",
     "ResourceExhausted",
     "TensorInfo",
+    "Timing",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
