@@ -3,6 +3,7 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -198,10 +199,12 @@ class AsyncClient:
         self, items: AsyncItems, steps: Steps[Question], errors: Errors, in_flight: int, timeout: float | None
     ) -> AsyncGenerator[Any, None]:
         many = Many(self._operations, self._connection, await self._run(steps, timeout), errors, in_flight)
-        headers = tuple(self._connection.headers.items())
-        open_stream = self._opened().stream_stream(METHOD.path, None, METHOD.response.FromString)
+        if self._closed:
+            raise LayercastError("this client is closed")
+        stream = self._opened().stream_stream(METHOD.path, None, METHOD.response.FromString)
+        open_call = partial(stream, metadata=tuple(self._connection.headers.items()))
         seconds = self._connection.deadline(timeout).timeout
-        async with aclosing(results_async(open_stream(metadata=headers), many, items, seconds)) as answers:
+        async with aclosing(results_async(open_call, many, items, seconds)) as answers:
             async for answer in answers:
                 yield answer
 

@@ -1,6 +1,7 @@
 """The synchronous client."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -231,9 +232,10 @@ class Client:
         self, items: Iterator[Inputs], steps: Steps[Question], errors: Errors, in_flight: int, timeout: float | None
     ) -> Generator[Any, None, None]:
         many = Many(self._operations, self._connection, self._run(steps, timeout), errors, in_flight)
-        headers = tuple(self._connection.headers.items())
-        open_stream = self._channel.stream_stream(METHOD.path, None, METHOD.response.FromString)
-        stream = Stream(lambda requests: open_stream(requests, metadata=headers))
+        if self._closed:
+            raise LayercastError("this client is closed")
+        open_call = self._channel.stream_stream(METHOD.path, None, METHOD.response.FromString)
+        stream = Stream(partial(open_call, metadata=tuple(self._connection.headers.items())))
         yield from results(stream, many, items, self._connection.deadline(timeout).timeout)
 
     def _outcome(self, call: Call, deadline: Deadline) -> Outcome:

@@ -1,7 +1,7 @@
 """What `predict_many` does, without input and output: what to send, what is in flight, what each answer means."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import grpc
@@ -56,6 +56,7 @@ class Many:
         # In order: the size of each request on its way, or the error that stands for one that was not sent.
         self._waiting: deque[int | LayercastError] = deque()
         self._bytes = 0
+        self._given = False
         self._taken = 0
         self._answered = 0
 
@@ -65,9 +66,21 @@ class Many:
         return len(self._waiting) < self._limit and self._bytes < self._connection.max_message_bytes
 
     @property
+    def unsent(self) -> bool:
+        """Whether the next result is known without the server."""
+        return bool(self._waiting) and isinstance(self._waiting[0], LayercastError)
+
+    @property
     def expects(self) -> bool:
         """Whether the next result is still to come from the server."""
-        return bool(self._waiting) and isinstance(self._waiting[0], int)
+        return bool(self._waiting) and not self.unsent
+
+    def advance(self) -> None:
+        """The caller is back for the next result: the item of the one before is in flight no longer."""
+        if self._given:
+            size = self._waiting.popleft()
+            self._bytes -= size if isinstance(size, int) else 0
+            self._given = False
 
     def request(self, inputs: Inputs) -> bytes | None:
         """The request for the next item; None when it can't be sent, which is then its result."""
@@ -86,26 +99,24 @@ class Many:
         self._bytes += len(message)
         return message
 
-    def unsent(self) -> Iterator[Any]:
-        """The results at the head that are known without the server."""
-        while self._waiting and isinstance(error := self._waiting[0], LayercastError):
-            self._waiting.popleft()
-            yield self._failed(error)
+    def result(self, answer: ModelStreamInferResponse | None = None) -> Any:
+        """The result of the oldest item in flight, from its answer unless it was not sent."""
+        error = self._waiting[0] if self._waiting else None
+        if answer is not None:
+            response, due = answer.infer_response, str(self._answered)
+            # Another server's errors may come without their request's id.
+            if not self.expects or response.id not in ((due, "") if answer.error_message else (due,)):
+                raise self.ended(InternalError(f"the server answered request {response.id!r} where {due} was due"))
+            try:
+                if not answer.error_message:
+                    return self._give(self._question.result(response))
+                error = _error_of(answer)
+            except LayercastError as malformed:
+                error = malformed
+        return self._give(self._failed(error))
 
-    def result(self, answer: ModelStreamInferResponse) -> Any:
-        """The result of the oldest item in flight, whose answer came."""
-        size = self._waiting[0] if self._waiting else None
-        response, due = answer.infer_response, str(self._answered)
-        if not isinstance(size, int) or response.id not in (due, *([""] if answer.error_message else [])):
-            raise self.ended(InternalError(f"the server answered request {response.id!r} where {due} was due"))
-        self._waiting.popleft()
-        self._bytes -= size
-        if answer.error_message:
-            return self._failed(_error_of(answer))
-        try:
-            result = self._question.result(response)
-        except LayercastError as error:
-            return self._failed(error)
+    def _give(self, result: Any) -> Any:
+        self._given = True
         self._answered += 1
         return result
 
@@ -137,7 +148,6 @@ class Many:
             raised = of_code(error.code, f"item {self._answered}: {error}")
             raised.answered = self._answered
             raise raised from error
-        self._answered += 1
         return error
 
 

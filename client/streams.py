@@ -11,7 +11,6 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
-    Awaitable,
     Callable,
     Generator,
     Iterable,
@@ -22,7 +21,7 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from layercast.client.errors import Cancelled
+from layercast.client.errors import Cancelled, Unavailable
 from layercast.client.many import Many
 from layercast.client.translation import Inputs
 from layercast.proto.messages import ModelStreamInferResponse
@@ -33,6 +32,9 @@ AsyncCall: TypeAlias = "grpc.aio.StreamStreamCall[Any, Any]"
 
 # An answer, the error that ended the stream, or None for its good end.
 _Received: TypeAlias = ModelStreamInferResponse | grpc.RpcError | None
+
+# How grpc.aio tells of a write that failed.
+_FAILED_WRITE = "Internal error from Core"
 
 
 class Stream:
@@ -89,8 +91,10 @@ def results(stream: Stream, many: Many, items: Iterator[Inputs], seconds: float 
     more, error = True, None
     try:
         while True:
-            yield from many.unsent()
-            if more and many.has_room and not stream.ready:
+            many.advance()
+            if many.unsent:
+                yield many.result()
+            elif more and many.has_room and not stream.ready:
                 try:
                     request = many.request(next(items))
                     if request is not None:
@@ -125,85 +129,91 @@ def _received(stream: Stream, many: Many, seconds: float | None) -> ModelStreamI
 
 
 async def results_async(
-    call: AsyncCall, many: Many, items: AsyncItems, seconds: float | None
+    open_call: Callable[[AsyncIterator[bytes]], AsyncCall], many: Many, items: AsyncItems, seconds: float | None
 ) -> AsyncGenerator[Any, None]:
-    """`results` for asyncio: items are taken, and sent, by a task beside."""
-    moved = asyncio.Event()
-    feeding = asyncio.create_task(_feed(call, many, _each(items), moved))
-    feeding.add_done_callback(lambda _: moved.set())
+    """`results` for asyncio: items are taken, and sent, by a task of gRPC's."""
+    feed = _Feed(many, items)
+    call = open_call(feed.requests())
+    # Not call.read(): once the server has ended the stream and a write fails, that forgets what had arrived before.
+    answers = aiter(call)
     try:
         while True:
-            for result in many.unsent():
-                moved.set()
-                yield result
-            if many.expects:
-                result = many.result(await _read(call, many, seconds))
-                moved.set()
-                yield result
-            elif feeding.done():
-                await feeding  # raises the iterable's own error
+            many.advance()
+            feed.moved.set()
+            if many.unsent:
+                yield many.result()
+            elif many.expects:
+                yield many.result(await _answer(answers, many, seconds))
+            elif feed.error:
+                raise feed.error
+            elif feed.ended:
                 break
             else:
-                moved.clear()
-                await moved.wait()
+                feed.moved.clear()
+                await feed.moved.wait()
         with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError):  # everything is answered
             async with asyncio.timeout(seconds):
-                await call.read()
+                await anext(answers, None)
     finally:
-        feeding.cancel()
         call.cancel()
-        await asyncio.gather(feeding, return_exceptions=True)
 
 
-async def _feed(call: AsyncCall, many: Many, items: AsyncIterator[Inputs], moved: asyncio.Event) -> None:
-    """Take items while there is room, and send them."""
-    while True:
-        while not many.has_room:
-            moved.clear()
-            await moved.wait()
+class _Feed:
+    """Takes items while there is room for them, and gives their requests to gRPC."""
+
+    def __init__(self, many: Many, items: AsyncItems) -> None:
+        self.moved = asyncio.Event()
+        self.ended = False
+        self.error: Exception | None = None
+        self._many = many
+        self._items = _each(items)
+
+    async def requests(self) -> AsyncIterator[bytes]:
+        """Yield the requests of the items."""
         try:
-            item = await anext(items)
+            while True:
+                while not self._many.has_room:
+                    self.moved.clear()
+                    await self.moved.wait()
+                request = self._many.request(await anext(self._items))
+                self.moved.set()
+                if request is not None:
+                    yield request
         except StopAsyncIteration:
-            break
-        request = many.request(item)
-        moved.set()
-        if request is not None and not await _sent(call.write(request)):
-            return
-    await _sent(call.done_writing())
+            pass
+        except Exception as error:  # by the iterable: raised after the results of what came before
+            self.error = error
+        finally:
+            self.ended = True
+            self.moved.set()
 
 
-async def _read(call: AsyncCall, many: Many, seconds: float | None) -> ModelStreamInferResponse:
+async def _answer(
+    answers: AsyncIterator[ModelStreamInferResponse], many: Many, seconds: float | None
+) -> ModelStreamInferResponse:
     try:
         async with asyncio.timeout(seconds):
-            answer = await call.read()
+            return await anext(answers)
+    except StopAsyncIteration:
+        raise many.cut_short() from None
     except TimeoutError:
         raise many.late(seconds) from None
     except grpc.aio.AioRpcError as error:
+        # A write that fails because the server has ended the stream hides the status that the server gave.
+        if error.details() == _FAILED_WRITE:
+            raise many.ended(Unavailable("the server ended it; gRPC does not say why")) from error
         raise many.broken(error) from error
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
         raise many.ended(Cancelled("this client was closed")) from None
-    if answer is grpc.aio.EOF:
-        raise many.cut_short()
-    received: ModelStreamInferResponse = answer
-    return received
 
 
-async def _sent(writing: Awaitable[None]) -> bool:
-    """Whether the stream still takes what is written. If not, the next read says why."""
-    try:
-        await writing
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-        return False
-    return True
+def _each(items: AsyncItems) -> AsyncIterator[Inputs]:
+    return aiter(items) if isinstance(items, AsyncIterable) else _later(items)
 
 
-async def _each(items: AsyncItems) -> AsyncIterator[Inputs]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item
+async def _later(items: Items) -> AsyncIterator[Inputs]:
+    for item in items:
+        yield item
