@@ -151,12 +151,16 @@ def test_an_iterable_that_fails_does_so_after_the_results_before_it(client: Any,
             lc.Unavailable,
             "after 4 answers, with .* in flight: the server (is shutting down|ended it; gRPC does not say why)",
         ),
-        ("ends", lc.InternalError, "after 4 answers, with .* in flight: the server ended it without an error"),
+        (
+            "ends",
+            (lc.InternalError, lc.Unavailable),
+            "after 4 answers, with .* in flight: the server ended it(; gRPC does not say why| without an error)",
+        ),
         ("misnumbers", lc.InternalError, "after 4 answers, .*: the server answered request '17' where 4 was due"),
     ],
 )
 def test_a_broken_stream_says_how_far_it_came(
-    client: Any, server: Any, after: str, error: type[lc.LayercastError], text: str, errors: str
+    client: Any, server: Any, after: str, error: Any, text: str, errors: str
 ) -> None:
     server.after = after
     results = client.predict_many("echo_FP32", rows(9), errors=errors)
