@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Final
 
@@ -14,7 +15,12 @@ MAX_IN_FLIGHT: Final = 256
 """Requests of one stream that are read and not yet answered; what comes beyond waits unread, with the sender."""
 
 Requests = AsyncIterator[tuple[ModelInferRequest | ServingError, int]]
-"""What arrives, with its size in bytes; an error stands for a message that could not be parsed."""
+"""What arrives, with its size in bytes; an error stands for a message that could not be parsed.
+
+Messages that come together should be given without a wait between them: their rows are then gathered together.
+"""
+
+_Answering = asyncio.Task[ModelStreamInferResponse]
 
 
 class StreamService:
@@ -36,31 +42,30 @@ class StreamService:
         `triton_enable_empty_final_response` adds nothing. When the requests end, so does the stream, once all are
         answered; when the caller goes, what is still queued is withdrawn.
         """
-        window = _Window(self._max_bytes)
-        answers: asyncio.Queue[asyncio.Task[ModelStreamInferResponse] | None] = asyncio.Queue()
-        running: set[asyncio.Task[ModelStreamInferResponse]] = set()
-
-        async def read() -> None:
-            try:
-                async for request, size in requests:
-                    await window.enter(size)
-                    task = asyncio.create_task(self._answer(request, dataclasses.replace(call, size=size)))
-                    running.add(task)
-                    answers.put_nowait(task)
-            finally:
-                answers.put_nowait(None)
-
-        reader = asyncio.create_task(read())
+        flight = _Flight(self._max_bytes)
+        reader = asyncio.create_task(self._read(requests, call, flight))
         try:
-            while (task := await answers.get()) is not None:
+            while (task := await flight.oldest()) is not None:
                 yield await task
-                running.discard(task)
-                window.leave()
+                flight.leave()
             await reader
         finally:
-            for unfinished in (reader, *running):
-                unfinished.cancel()
-            await asyncio.gather(reader, *running, return_exceptions=True)
+            unfinished = (reader, *flight.tasks())
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
+
+    async def _read(self, requests: Requests, call: Call, flight: "_Flight") -> None:
+        """Start to answer each request as soon as it is there and there is room for it."""
+        try:
+            async for request, size in requests:
+                if not flight.has_room(size):
+                    await flight.room(size)
+                if call.size != size:  # most messages of a stream have one size
+                    call = dataclasses.replace(call, size=size)
+                flight.enter(asyncio.create_task(self._answer(request, call)), size)
+        finally:
+            flight.end()
 
     async def _answer(self, request: ModelInferRequest | ServingError, call: Call) -> ModelStreamInferResponse:
         """Return the answer to one message of a stream."""
@@ -86,22 +91,53 @@ def _over(call: Call) -> bool:
     return call.deadline is not None and asyncio.get_running_loop().time() >= call.deadline
 
 
-class _Window:
-    """Bounds what one stream has in flight, in requests and in bytes."""
+class _Flight:
+    """What one stream has in flight, in the order of its requests, bounded in requests and in bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._sizes: list[int] = []
-        self._left = asyncio.Event()
+        self._tasks: deque[tuple[_Answering, int]] = deque()
+        self._bytes = 0
+        self._ended = False
+        # For the reader, which waits while it is full, and the writer, which waits while it is empty.
+        self._changed = asyncio.Event()
 
-    async def enter(self, size: int) -> None:
-        """Wait until a request of `size` bytes has room; one alone always has."""
-        while len(self._sizes) >= MAX_IN_FLIGHT or (self._sizes and sum(self._sizes) + size > self._max_bytes):
-            self._left.clear()
-            await self._left.wait()
-        self._sizes.append(size)
+    def has_room(self, size: int) -> bool:
+        """Whether a request of `size` bytes may enter; one alone always may."""
+        return not self._tasks or (len(self._tasks) < MAX_IN_FLIGHT and self._bytes + size <= self._max_bytes)
+
+    async def room(self, size: int) -> None:
+        """Wait until there is room."""
+        while not self.has_room(size):
+            self._changed.clear()
+            await self._changed.wait()
+
+    def enter(self, task: _Answering, size: int) -> None:
+        """A request of `size` bytes is being answered by `task`."""
+        self._tasks.append((task, size))
+        self._bytes += size
+        self._changed.set()
+
+    def end(self) -> None:
+        """No more requests come."""
+        self._ended = True
+        self._changed.set()
+
+    async def oldest(self) -> _Answering | None:
+        """Wait for a request and return the task that answers the oldest; None when no more come."""
+        while not self._tasks:
+            if self._ended:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        return self._tasks[0][0]
 
     def leave(self) -> None:
         """The oldest request is answered."""
-        self._sizes.pop(0)
-        self._left.set()
+        _, size = self._tasks.popleft()
+        self._bytes -= size
+        self._changed.set()
+
+    def tasks(self) -> list[_Answering]:
+        """Return the tasks of the requests that are not answered."""
+        return [task for task, _ in self._tasks]
