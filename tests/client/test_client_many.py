@@ -2,6 +2,9 @@
 
 import asyncio
 import itertools
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
@@ -254,6 +257,24 @@ def test_a_loop_that_is_left_needs_no_close(server: Any) -> None:
             thread.join(10)
             assert not thread.is_alive()
     assert threading.active_count() <= before + 2
+
+
+def test_ctrl_c_ends_the_wait_and_withdraws_what_waits() -> None:
+    program = (
+        "import signal, sys, layercast.client as lc\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "client = lc.Client(sys.argv[1], timeout=None)\n"
+        "list(client.predict_many('same', [[[1.0]]] * 3))\n"
+    )
+    with numeric({"same": Model(identity)}) as served:
+        served.on_loop(batcher(served).hold)
+        command = [sys.executable, "-c", program, served.url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            wait_until(served, lambda: batcher(served).queued_rows == 3)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+        assert err.rstrip().endswith(b"KeyboardInterrupt")
+        wait_until(served, lambda: batcher(served).queued_rows == 0)
 
 
 def test_asynchronous_items_and_a_cancelled_task(server: Any) -> None:
