@@ -36,9 +36,13 @@ MODEL, IMAGES, TASKS = "mnist", 400, 32
 # Requests in one stream of h2load, which sends a stream's messages as one body.
 MESSAGES = 500
 
+MANY, SINGLE = "Client: predict_many", "Client: predict, one after the other"
+ASYNC_MANY, ASYNC_SINGLE = "AsyncClient: predict_many", "AsyncClient: predict, one after the other"
+ASYNC_TASKS = f"AsyncClient: predict, {TASKS} tasks"
 PAIRS = (
-    ("Client: predict_many", "Client: predict, one after the other"),
-    ("AsyncClient: predict_many", f"AsyncClient: predict, {TASKS} tasks"),
+    (MANY, SINGLE),
+    (ASYNC_MANY, ASYNC_SINGLE),
+    (ASYNC_MANY, ASYNC_TASKS),
     ("server: 1 stream", "server: 16 single calls in flight"),
     ("server: 4 streams", "server: 64 single calls in flight"),
 )
@@ -96,16 +100,16 @@ def _clients(url: str, rows: int) -> Figures:
             return count / took, 1e6 * busy / count
 
         few = rows // 5
-        single, many, tasks, stream = (name for pair in PAIRS[:2] for name in reversed(pair))
         return {
-            single: timed(lambda: [client.predict(MODEL, item) for item in items(few)], few),
-            many: timed(lambda: list(client.predict_many(MODEL, items(rows))), rows),
-            tasks: timed(lambda: asyncio.run(_tasks(url, items(rows), rows)), rows),
-            stream: timed(lambda: asyncio.run(_stream(url, items(rows))), rows),
+            SINGLE: timed(lambda: [client.predict(MODEL, item) for item in items(few)], few),
+            MANY: timed(lambda: list(client.predict_many(MODEL, items(rows))), rows),
+            ASYNC_SINGLE: timed(lambda: asyncio.run(_tasks(url, items(few), few, 1)), few),
+            ASYNC_TASKS: timed(lambda: asyncio.run(_tasks(url, items(rows), rows, TASKS)), rows),
+            ASYNC_MANY: timed(lambda: asyncio.run(_stream(url, items(rows))), rows),
         }
 
 
-async def _tasks(url: str, items: Iterator[np.ndarray], rows: int) -> list[np.ndarray]:
+async def _tasks(url: str, items: Iterator[np.ndarray], rows: int, tasks: int) -> list[np.ndarray]:
     """Keep as many single calls in flight as there are tasks."""
     answers: list[np.ndarray] = [np.empty(0)] * rows
     numbered = enumerate(items)
@@ -115,7 +119,7 @@ async def _tasks(url: str, items: Iterator[np.ndarray], rows: int) -> list[np.nd
             for number, item in numbered:
                 answers[number] = await client.predict(MODEL, item)
 
-        await asyncio.gather(*(ask() for _ in range(TASKS)))
+        await asyncio.gather(*(ask() for _ in range(tasks)))
     return answers
 
 

@@ -143,7 +143,7 @@ async def results_async(
             if many.unsent:
                 yield many.result()
             elif many.expects:
-                yield many.result(await _answer(answers, many, seconds))
+                yield many.result(await _answer(call, answers, many, seconds))
             elif feed.error:
                 raise feed.error
             elif feed.ended:
@@ -189,15 +189,14 @@ class _Feed:
 
 
 async def _answer(
-    answers: AsyncIterator[ModelStreamInferResponse], many: Many, seconds: float | None
+    call: AsyncCall, answers: AsyncIterator[ModelStreamInferResponse], many: Many, seconds: float | None
 ) -> ModelStreamInferResponse:
+    # A timer that ends the call costs a fraction of an asyncio.timeout for each answer.
+    late = asyncio.get_running_loop().call_later(seconds, call.cancel) if seconds is not None else None
     try:
-        async with asyncio.timeout(seconds):
-            return await anext(answers)
+        return await anext(answers)
     except StopAsyncIteration:
         raise many.cut_short() from None
-    except TimeoutError:
-        raise many.late(seconds) from None
     except grpc.aio.AioRpcError as error:
         # A write that fails because the server has ended the stream hides the status that the server gave.
         if error.details() == _FAILED_WRITE:
@@ -207,7 +206,12 @@ async def _answer(
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
+        if late is not None and late.when() <= asyncio.get_running_loop().time():
+            raise many.late(seconds) from None
         raise many.ended(Cancelled("this client was closed")) from None
+    finally:
+        if late is not None:
+            late.cancel()
 
 
 def _each(items: AsyncItems) -> AsyncIterator[Inputs]:
