@@ -201,7 +201,7 @@ class AsyncClient:
         many = Many(self._operations, self._connection, await self._run(steps, timeout), errors, in_flight)
         if self._closed:
             raise LayercastError("this client is closed")
-        stream = self._opened().stream_stream(METHOD.path, None, METHOD.response.FromString)
+        stream: Any = self._opened().stream_stream(METHOD.path, None, METHOD.response.FromString)
         open_call = partial(stream, metadata=tuple(self._connection.headers.items()))
         seconds = self._connection.deadline(timeout).timeout
         async with aclosing(results_async(open_call, many, items, seconds)) as answers:

@@ -234,8 +234,8 @@ class Client:
         many = Many(self._operations, self._connection, self._run(steps, timeout), errors, in_flight)
         if self._closed:
             raise LayercastError("this client is closed")
-        open_call = self._channel.stream_stream(METHOD.path, None, METHOD.response.FromString)
-        stream = Stream(partial(open_call, metadata=tuple(self._connection.headers.items())))
+        call: Any = self._channel.stream_stream(METHOD.path, None, METHOD.response.FromString)
+        stream = Stream(partial(call, metadata=tuple(self._connection.headers.items())))
         yield from results(stream, many, items, self._connection.deadline(timeout).timeout)
 
     def _outcome(self, call: Call, deadline: Deadline) -> Outcome:

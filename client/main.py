@@ -13,6 +13,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TextIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,14 @@ def _description(module: ModuleType) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print(f"layercast: {category.__name__}:", " ".join(str(message).split()), file=sys.stderr)
 
 

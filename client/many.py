@@ -66,14 +66,15 @@ class Many:
         return len(self._waiting) < self._limit and self._bytes < self._connection.max_message_bytes
 
     @property
-    def unsent(self) -> bool:
-        """Whether the next result is known without the server."""
-        return bool(self._waiting) and isinstance(self._waiting[0], LayercastError)
+    def unsent(self) -> LayercastError | None:
+        """The error of the oldest item in flight, if that could not be sent."""
+        oldest = self._waiting[0] if self._waiting else None
+        return oldest if isinstance(oldest, LayercastError) else None
 
     @property
     def expects(self) -> bool:
         """Whether the next result is still to come from the server."""
-        return bool(self._waiting) and not self.unsent
+        return bool(self._waiting) and self.unsent is None
 
     def advance(self) -> None:
         """The caller is back for the next result: the item of the one before is in flight no longer."""
@@ -99,26 +100,34 @@ class Many:
         self._bytes += len(message)
         return message
 
-    def result(self, answer: ModelStreamInferResponse | None = None) -> Any:
-        """The result of the oldest item in flight, from its answer unless it was not sent."""
-        error = self._waiting[0] if self._waiting else None
-        if answer is not None:
-            response, due = answer.infer_response, str(self._answered)
-            # Another server's errors may come without their request's id.
-            if not self.expects or response.id not in ((due, "") if answer.error_message else (due,)):
-                raise self.ended(InternalError(f"the server answered request {response.id!r} where {due} was due"))
-            try:
-                if not answer.error_message:
-                    return self._give(self._question.result(response))
-                error = _error_of(answer)
-            except LayercastError as malformed:
-                error = malformed
-        return self._give(self._failed(error))
-
-    def _give(self, result: Any) -> Any:
+    def result(self, answer: ModelStreamInferResponse) -> Any:
+        """The result of the oldest item in flight, whose answer came."""
+        response, due = answer.infer_response, str(self._answered)
+        # Another server's errors may come without their request's id.
+        if not self.expects or response.id not in ((due, "") if answer.error_message else (due,)):
+            raise self.ended(InternalError(f"the server answered request {response.id!r} where {due} was due"))
+        if answer.error_message:
+            return self.failed(_error_of(answer))
+        try:
+            result = self._question.result(response)
+        except LayercastError as malformed:
+            return self.failed(malformed)
         self._given = True
         self._answered += 1
         return result
+
+    def failed(self, error: LayercastError) -> LayercastError:
+        """The result of the oldest item in flight, which is an error; raised unless errors are returned."""
+        error.answered = self._answered
+        if isinstance(error, (InvalidArgument, NotFound)):
+            self._operations.forget(self._question.metadata)
+        if self._errors == "raise":
+            raised = of_code(error.code, f"item {self._answered}: {error}")
+            raised.answered = self._answered
+            raise raised from error
+        self._given = True
+        self._answered += 1
+        return error
 
     def broken(self, status: Status) -> LayercastError:
         """The error for a stream that failed before its end."""
@@ -139,16 +148,6 @@ class Many:
         ended = of_code(error.code, text)
         ended.answered = self._answered
         return ended
-
-    def _failed(self, error: LayercastError) -> LayercastError:
-        error.answered = self._answered
-        if isinstance(error, (InvalidArgument, NotFound)):
-            self._operations.forget(self._question.metadata)
-        if self._errors == "raise":
-            raised = of_code(error.code, f"item {self._answered}: {error}")
-            raised.answered = self._answered
-            raise raised from error
-        return error
 
 
 def _error_of(answer: ModelStreamInferResponse) -> LayercastError:

@@ -92,8 +92,8 @@ def results(stream: Stream, many: Many, items: Iterator[Inputs], seconds: float 
     try:
         while True:
             many.advance()
-            if many.unsent:
-                yield many.result()
+            if unsent := many.unsent:
+                yield many.failed(unsent)
             elif more and many.has_room and not stream.ready:
                 try:
                     request = many.request(next(items))
@@ -140,8 +140,8 @@ async def results_async(
         while True:
             many.advance()
             feed.moved.set()
-            if many.unsent:
-                yield many.result()
+            if unsent := many.unsent:
+                yield many.failed(unsent)
             elif many.expects:
                 yield many.result(await _answer(call, answers, many, seconds))
             elif feed.error:
