@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -48,6 +48,10 @@ class Load:
         """Return the figures by name."""
         return asdict(self)
 
+    def times(self, rows: float) -> "Load":
+        """Return the same with the rate in rows, `rows` of them a request."""
+        return replace(self, rate=self.rate * rows)
+
 
 Process = subprocess.Popen[bytes]
 
@@ -61,7 +65,8 @@ def started(server: Server, seconds: float = 180) -> Iterator[tuple[grpc.Channel
         process = subprocess.Popen(
             server.command, stdout=file, stderr=file, start_new_session=True, env=os.environ | dict(server.environment)
         )
-    channel = grpc.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.use_local_subchannel_pool", 1)])
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+    channel = grpc.insecure_channel(f"127.0.0.1:{server.port}", options)
     try:
         _wait(channel, process, seconds, log)
         yield channel, process, time.perf_counter() - began
@@ -91,20 +96,28 @@ def _wait(channel: grpc.Channel, process: Process, seconds: float, log: Path) ->
 def run(server: Server, workload: Workload, seconds: float, oracle: list[np.ndarray]) -> Load:
     """Start, ask once (the answer must be the first server's), load, stop."""
     with started(server) as (channel, process, ready_s):
-        method = INFERENCE["ModelMetadata"]
-        ask = channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
-        spec = ask(ModelMetadataRequest(name=workload.model), timeout=5).inputs[0]
-        message = request(workload, spec.name, spec.datatype)
-        infer = channel.unary_unary(_INFER.path, _INFER.request.SerializeToString, _INFER.response.FromString)
-        before = infer(message, timeout=60)
-        _check(server, before.raw_output_contents[0], oracle)
-        busy = cpu_seconds(process.pid)
-        load = h2load(server.port, message.SerializeToString(), workload.concurrency, seconds, before.ByteSize())
-        busy = cpu_seconds(process.pid) - busy
-        _check(server, infer(message, timeout=60).raw_output_contents[0], oracle)
-        if process.poll() is not None:
-            raise SystemExit(f"{server.name} died under load (exit {process.poll()})")
-        return Load(**load, memory_mb=_memory_mb(process.pid), ready_s=ready_s, cpu_s=busy)
+        return loaded(server, channel, process, ready_s, workload, seconds, oracle)
+
+
+def loaded(
+    server: Server, channel: grpc.Channel, process: Process, ready_s: float, workload: Workload, seconds: float,
+    oracle: list[np.ndarray],
+) -> Load:  # fmt: skip
+    """Load a server that was started. Its answers before and after must be the first in `oracle`, if there is one."""
+    method = INFERENCE["ModelMetadata"]
+    ask = channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
+    spec = ask(ModelMetadataRequest(name=workload.model), timeout=5).inputs[0]
+    message = request(workload, spec.name, spec.datatype)
+    infer = channel.unary_unary(_INFER.path, _INFER.request.SerializeToString, _INFER.response.FromString)
+    before = infer(message, timeout=60)
+    _check(server, before.raw_output_contents[0], oracle)
+    busy = cpu_seconds(process.pid)
+    load = h2load(server.port, message.SerializeToString(), workload.concurrency, seconds, before.ByteSize())
+    busy = cpu_seconds(process.pid) - busy
+    _check(server, infer(message, timeout=60).raw_output_contents[0], oracle)
+    if process.poll() is not None:
+        raise SystemExit(f"{server.name} died under load (exit {process.poll()})")
+    return Load(**load, memory_mb=_memory_mb(process.pid), ready_s=ready_s, cpu_s=busy)
 
 
 def _check(server: Server, raw: bytes, oracle: list[np.ndarray]) -> None:
@@ -127,6 +140,8 @@ def h2load(port: int, message: bytes, concurrency: int, seconds: float, answer_b
         out = subprocess.run(
             [*command, "-D", f"{seconds:g}", f"--log-file={log}"], capture_output=True, text=True, check=True
         ).stdout
+        if not log.read_bytes():
+            raise SystemExit(f"not one answer in {seconds:g} s; load it for longer")
         times = np.loadtxt(log, dtype="i8", ndmin=2)
     if not (found := re.search(r"(\d+) failed, (\d+) errored, (\d+) timeout", out)):
         raise SystemExit(f"h2load said:\n{out}")

@@ -66,7 +66,6 @@ def main() -> int:
     wanted = [workload for workload in WORKLOADS if re.search(args.only, workload.name)]
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "models"
-        repository.mkdir()
         write_repository(repository, args.cache)
         bench = Bench(repository, Path(folder), args)
         report: dict[str, Any] = {"machine": machine(), "rounds": args.rounds, "seconds": args.seconds, "workloads": {}}
@@ -122,18 +121,21 @@ def _servers(bench: Bench, workload: Workload) -> Iterable[Server]:
     args = bench.args
     for at, front_end in enumerate(args.front_ends.split(",")):
         port = 8400 + 10 * at
-        command = [
-            sys.executable, "-m", "layercast.server", "serve", "--repository", str(bench.repository),
-            "--trust", ARTEFACT_CODE, "--grpc-port", str(port), "--http-port", str(port + 1),
-            "--metrics-port", str(port + 2), "--cache", str(args.cache), *args.serve.split(),
-        ]  # fmt: skip
-        if front_end != "grpcio":
-            command += ["--front-end", front_end]
-        yield Server(front_end, command, port)
+        yield Server(front_end, serve_command(bench.repository, front_end, port, args), port)
     if args.peers and not workload.output:
         yield _triton(bench, workload)
     if workload.model == "mnist" and workload.shape[0] == 1:
         yield _echo(bench, workload)
+
+
+def serve_command(repository: Path, front_end: str, port: int, args: argparse.Namespace) -> list[str]:
+    """Return the command of our server, whose ports are `port` and the two after it."""
+    command = [
+        sys.executable, "-m", "layercast.server", "serve", "--repository", str(repository), "--trust", ARTEFACT_CODE,
+        "--grpc-port", str(port), "--http-port", str(port + 1), "--metrics-port", str(port + 2), "--cache",
+        str(args.cache), *args.serve.split(),
+    ]  # fmt: skip
+    return command if front_end == "grpcio" else [*command, "--front-end", front_end]
 
 
 def _triton(bench: Bench, workload: Workload) -> Server:

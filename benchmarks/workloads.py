@@ -68,6 +68,7 @@ WORKLOADS: Final = (
 
 def write_repository(root: Path, cache: Path | None) -> None:
     """Put the zoo and the encoder into `root`, as a repository of the server."""
+    root.mkdir(parents=True, exist_ok=True)
     exported = zoo.ensure_exported(cache, report=print)
     for model in exported.iterdir():
         if model.is_dir():
