@@ -24,13 +24,23 @@ if TYPE_CHECKING:
         Unavailable,
         Unimplemented,
     )
-    from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata, TensorInfo
+    from layercast.client.types import (
+        ExplainOptions,
+        Explanation,
+        LayerInfo,
+        ModelInfo,
+        ModelMetadata,
+        TensorInfo,
+        Timing,
+    )
 
 __all__ = [
     "AsyncClient",
     "Cancelled",
     "Client",
     "DeadlineExceeded",
+    "ExplainOptions",
+    "Explanation",
     "FailedPrecondition",
     "InputWarning",
     "InternalError",
@@ -43,6 +53,7 @@ __all__ = [
     "PermissionDenied",
     "ResourceExhausted",
     "TensorInfo",
+    "Timing",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
