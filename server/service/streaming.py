@@ -57,9 +57,9 @@ class StreamService:
                 flight.leave()
             await reader
         finally:
-            unfinished = (reader, *flight.close())
-            for task in unfinished:
-                task.cancel()
+            unfinished: list[asyncio.Task[Any]] = [reader, *flight.close()]
+            for each in unfinished:
+                each.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
 
     async def _read(self, requests: Requests, call: Call, flight: "_Flight") -> None:
