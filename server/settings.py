@@ -99,6 +99,7 @@ class ModelSettings(BaseModel):
     precision: Precision = Field(
         default="fp32", description="bf16 computes products and convolutions in BF16, on engine eager alone"
     )
+    steering: bool = Field(default=False, description="let callers change layers for their own rows (Steer)")
     versions: Literal["all", "latest"] = Field(
         default="all", description="which versions are served; latest is the highest that loads"
     )

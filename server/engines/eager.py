@@ -2,18 +2,20 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layercast.models.edits import Edit, Planned, Request, SteeringError, plan
 from layercast.models.explain import ExplainError, Explanation, explain
 from layercast.models.explain.inputs import Inputs as ExplainInputs
 from layercast.models.explain.subject import Progress
 from layercast.models.hooks import FeatureExtractor, LayerError, ReducerError
 from layercast.models.manifest import Manifest
+from layercast.models.steering import Placed, steered
 from layercast.server import memory
 from layercast.server.engines import place
 from layercast.server.engines.base import Inputs, Outputs
@@ -21,7 +23,7 @@ from layercast.server.engines.choice import Buckets
 from layercast.server.engines.golden import Tolerance
 from layercast.server.engines.graphs import Graphs, NotCaptured, capture
 from layercast.server.engines.place import OnCard, Tensors
-from layercast.server.engines.tensors import as_declared, by_name, to_tensors
+from layercast.server.engines.tensors import as_declared, by_name, to_tensors, token_mask
 from layercast.server.errors import InvalidArgument
 from layercast.server.settings import Precision
 from layercast.server.work import Array, Tap
@@ -77,11 +79,14 @@ class EagerEngine:
         """Give back the memory of the CUDA graphs."""
         self._graphs = None
 
-    def tapped(self, inputs: Inputs, taps: Sequence[Tap], predict: bool) -> tuple[Outputs, dict[Tap, Array]]:
+    def tapped(
+        self, inputs: Inputs, taps: Sequence[Tap], predict: bool, edits: Sequence[Placed] = ()
+    ) -> tuple[Outputs, dict[Tap, Array]]:
         """Return the outputs (none unless `predict`) and the taps' values from one forward with hooks.
 
-        Without `predict` the forward stops after the deepest executed layer that a tap names. The hooks are gone when
-        this returns, also after an error.
+        Without `predict` the forward stops after the deepest executed layer that a tap names. `edits` change layers for
+        the rows that they come with; taps see what they made. The hooks are gone when this returns, also after an
+        error.
         """
         names = {tap: tap.layer if tap.reducer == "none" else f"{tap.layer}@{tap.reducer}" for tap in taps}
         extractor = FeatureExtractor(
@@ -89,20 +94,25 @@ class EagerEngine:
         )
 
         def forward(tensors: Tensors) -> dict[str | Tap, Tensor]:
-            with self._autocast():
-                try:
-                    result = extractor.run(**tensors, token_mask=self._token_mask(tensors))
-                except ReducerError as error:
-                    raise InvalidArgument(str(error)) from error
-            return {
-                **(self._outputs(result.output) if predict else {}),
-                **{tap: result.features[name] for tap, name in names.items()},
-            }
+            mask = token_mask(self._manifest.inputs, tensors)
+            # Their hooks come first, so that those of the taps are given the edited values.
+            with self._autocast(), steered(self._module, edits, mask), extractor:
+                result = extractor.run(**tensors, token_mask=mask)
+            values: dict[str | Tap, Tensor] = {tap: result.features[name] for tap, name in names.items()}
+            if predict:
+                values.update(self._outputs(result.output))
+            return values
 
-        with extractor:
+        try:
             arrays = self._place.run(inputs, forward)
+        except (ReducerError, SteeringError) as error:
+            raise InvalidArgument(str(error)) from error
         features = {tap: arrays.pop(tap) for tap in names}
         return {name: array for name, array in arrays.items() if isinstance(name, str)}, features
+
+    def plan(self, edit: Edit, request: Request) -> Planned:
+        """Return `edit` as it is made in this model; SteeringError for one that can't be."""
+        return plan(self._module, self._manifest.layers_by_path, edit, request)
 
     def explain(
         self, inputs: Inputs, method: str, targets: int | Sequence[int] | None, progress: Progress, **arguments: Any
@@ -116,7 +126,7 @@ class EagerEngine:
         tensors = to_tensors(inputs, self._manifest.inputs, self._place.device)
         try:
             of = ExplainInputs(tensors, arguments.get("of")).of
-            mask = self._token_mask({of: tensors[of]})
+            mask = token_mask(self._manifest.inputs, {of: tensors[of]})
             return explain(self._explained, tensors, method, targets, token_mask=mask, progress=progress, **arguments)
         except (ExplainError, LayerError) as error:
             raise InvalidArgument(str(error)) from error
@@ -135,11 +145,6 @@ class EagerEngine:
         if self._precision == "fp32":
             return nullcontext()
         return torch.autocast(self._place.device.type, torch.bfloat16, cache_enabled=False)
-
-    def _token_mask(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Return which tokens count, [N, T], for a model with a padded input: reducers leave the others out."""
-        padded = {spec.name: spec.pad for spec in self._manifest.inputs if spec.pad is not None}
-        return next((tensor != padded[name] for name, tensor in tensors.items() if name in padded), None)
 
 
 def _double(module: nn.Module) -> nn.Module | Exception:
