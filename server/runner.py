@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 
 from layercast.models.manifest import Manifest, TensorSpec
+from layercast.models.steering import Placed
 from layercast.server.engines.base import Engine, Inputs
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import ModelFailed
@@ -19,13 +20,12 @@ _LARGE: Final = 1 << 22
 class Runner:
     """One instance of a model: runs works that share a key, in one thread.
 
-    `fast` serves plain predictions; `eager` any batch in which a row taps a layer.
+    `fast` serves plain predictions; `eager` any batch in which a row taps a layer or changes one.
 
     Without `eager`, no layer of the manifest may be available.
     """
 
     def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine | None) -> None:
-        self._manifest = manifest
         self._buffers = {spec.name: _Buffer(spec) for spec in manifest.inputs}
         self.fast = fast
         self.eager = eager
@@ -35,10 +35,12 @@ class Runner:
         inputs = self._join(works)
         rows = sum(work.rows for work in works)
         taps = list(dict.fromkeys(tap for work in works for tap in work.taps))
-        if taps:
+        edits = _placed(works)
+        if taps or edits:
             if self.eager is None:
                 raise ModelFailed("a layer was asked of a model without its module. This is a bug.")
-            outputs, features = self.eager.tapped(inputs, taps, predict=any(work.predict for work in works))
+            predict = any(work.predict for work in works)
+            outputs, features = self.eager.tapped(inputs, taps, predict, edits)
         else:
             outputs, features = self.fast.run(inputs), {}
         for name, array in (*outputs.items(), *((tap.layer, array) for tap, array in features.items())):
@@ -56,6 +58,15 @@ class Runner:
     def _own(self, array: Array) -> Array:
         """Return what the model gave, copied where it is (a part of) a buffer: no answer may see the next batch."""
         return array.copy() if any(buffer.holds(array) for buffer in self._buffers.values()) else array
+
+
+def _placed(works: Sequence[Work]) -> list[Placed]:
+    """Return the edits of all works, each with the rows of its own work."""
+    placed, start = [], 0
+    for work in works:
+        placed += [(slice(start, start + work.rows), edit) for edit in work.edits]
+        start += work.rows
+    return placed
 
 
 def _split(works: Sequence[Work], outputs: dict[str, Array], features: dict[Tap, Array]) -> list[Rows]:

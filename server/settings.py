@@ -92,6 +92,7 @@ class ModelSettings(BaseModel):
         default=False, description="let auto take onnx-int8 too, which is faster for some models and less accurate"
     )
     device: DeviceName = Field(default="auto", description="where models run; auto takes a GPU if there is one")
+    steering: bool = Field(default=False, description="let callers change layers for their own rows (Steer)")
     versions: Literal["all", "latest"] = Field(
         default="all", description="which versions are served; latest is the highest that loads"
     )
