@@ -27,7 +27,6 @@ class Runner:
     """
 
     def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine | None) -> None:
-        self._manifest = manifest
         self._buffers = {spec.name: _Buffer(spec) for spec in manifest.inputs}
         self.fast = fast
         self.eager = eager

@@ -209,3 +209,10 @@ def test_an_operator_sees_what_runs_what(repository, modules, tmp_path, timed, m
             x = rows_for("shared", rows)
             got = values_of(server.call("ModelInfer", request("shared", x)))
             np.testing.assert_allclose(got, offline(modules["shared"], x), atol=1e-5)
+
+
+def test_more_instances_than_processors_are_said(artefact, timed, caplog):
+    timed.chosen = (ONE,)
+    model = loaded(artefact, None, threads=2, instances=3)
+    assert (len(model.runners), model.threads) == (3, 1)
+    assert "tiny: 3 instances on 2 processors" in caplog.text

@@ -33,7 +33,7 @@ class Function:
         self.batches.append(inputs["x"])
         return {"y": self.function(inputs["x"])}
 
-    def tapped(self, inputs: Inputs, taps: list[Tap], predict: bool):
+    def tapped(self, inputs: Inputs, taps: list[Tap], predict: bool, edits=()):
         return self.run(inputs) if predict else {}, {tap: self.function(inputs["x"]) for tap in taps}
 
 

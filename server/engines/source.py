@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
@@ -88,7 +88,9 @@ class Source:
         if settings.precision == "bf16":
             return ["eager"]
         # What TorchScript and torch.export programs can do as they load and run is not bounded: reading files, for one.
-        names = [name for name in _TRIED if name in self.manifest.programs and not (self.untrusted and name in _CODE)]
+        names: list[EngineName] = [
+            name for name in _TRIED if name in self.manifest.programs and not (self.untrusted and name in _CODE)
+        ]
         if settings.allow_int8 and "onnx-int8" in self.manifest.programs and self.device.type == "cpu":
             names.append("onnx-int8")
         if not self.untrusted:
@@ -108,5 +110,5 @@ class Source:
             return programs.torchscript(self.directory, self.manifest, self.device)
         if candidate.engine == "exported":
             return programs.exported(self.directory, self.manifest, self.device)
-        name = "onnx-int8" if candidate.engine == "onnx-int8" else "onnx"
+        name: Literal["onnx", "onnx-int8"] = "onnx-int8" if candidate.engine == "onnx-int8" else "onnx"
         return OnnxEngine(self.directory, self.manifest, self.device, candidate.threads, name)
