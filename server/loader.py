@@ -19,6 +19,7 @@ from layercast.server.engines import programs
 from layercast.server.engines.base import Engine, EngineError, Inputs
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.onnx import OnnxEngine
+from layercast.server.inline import inline_rows
 from layercast.server.model import Loaded
 from layercast.server.runner import Runner
 from layercast.server.settings import EngineName, ModelSettings
@@ -101,9 +102,11 @@ def load(directory: Path, settings: ModelSettings, threads: int, trust: Trust = 
         _check_golden(runners[-1].fast, recorded, manifest)
     for runner in runners:
         _time(runner.fast, _rows(recorded.inputs, settings.max_batch), runs=1)
-    warmup_ms = _time(runners[0].fast, _rows(recorded.inputs, 1))
+    one_row = _rows(recorded.inputs, 1)
+    warmup_ms = _time(runners[0].fast, one_row)
+    inline = inline_rows(runners[0].fast, manifest, one_row, settings.max_batch)
     note = f"layers are not available: {source.untrusted}" if source.untrusted else ""
-    return Loaded(manifest, settings, tuple(runners), own, time.perf_counter() - start, warmup_ms, note)
+    return Loaded(manifest, settings, tuple(runners), own, time.perf_counter() - start, warmup_ms, note, inline)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """A model version that answers: its manifest, its runners, its batcher, its counts."""
 
 import asyncio
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +24,8 @@ class Loaded:
     """A version that was loaded, checked and warmed up.
 
     `runners` are its instances, which share nothing; each computes with `threads` threads. `warmup_ms` is one warm
-    forward of one row, `note` what an operator should know of a version that answers.
+    forward of one row, `note` what an operator should know of a version that answers, `inline_rows` how many rows run
+    sooner than they could be handed to a thread.
     """
 
     manifest: Manifest
@@ -35,6 +35,7 @@ class Loaded:
     load_seconds: float
     warmup_ms: float
     note: str = ""
+    inline_rows: int = 0
 
     @property
     def runner(self) -> Runner:
@@ -60,6 +61,7 @@ class Loaded:
             preferred=settings.preferred_batch,
             queue_timeout=settings.queue_timeout_ms / 1000 or None,
             priorities=settings.priorities,
+            inline_rows=self.inline_rows,
         )
 
 
@@ -79,17 +81,16 @@ class ServedModel:
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep the model, which a newer one may replace meanwhile, until the body has ended."""
+    def hold(self) -> None:
+        """Keep the model, which a newer one may replace meanwhile, until `let_go`, which must follow."""
         self._holders += 1
         self._free.clear()
-        try:
-            yield
-        finally:
-            self._holders -= 1
-            if not self._holders:
-                self._free.set()
+
+    def let_go(self) -> None:
+        """End what `hold` began."""
+        self._holders -= 1
+        if not self._holders:
+            self._free.set()
 
     async def released(self) -> None:
         """Return when nobody holds the model."""

@@ -77,6 +77,10 @@ class Batcher:
         """Return a future for a work of this batcher."""
         return self._loop.create_future()
 
+    def check_room(self, rows: int, peer: str) -> None:
+        """Raise Unavailable when `submit` is sure to for so many rows of `peer`: before any work is spent on them."""
+        self._admission.check_room(rows, peer)
+
     async def submit(self, works: Sequence[Work], terms: Terms = _NOW) -> list[Answer]:
         """Queue the works of one request, all or none, and return their answers in order.
 
