@@ -119,7 +119,8 @@ async def _run(handle: Any, context: Any, requests: int, concurrency: int) -> tu
     message.inputs.add(name="image", datatype="FP32", shape=image.shape)
     raw = message.SerializeToString()
     answer = ModelInferResponse.FromString(await handle(raw, context))
-    assert answer.outputs[0].shape == [1, 10] and answer.id == "7"
+    assert answer.outputs[0].shape == [1, 10]
+    assert answer.id == "7"
 
     async def ask() -> None:
         # As grpc.aio does: a task of its own for every call.
