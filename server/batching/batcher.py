@@ -21,8 +21,9 @@ from layercast.server.work import Answer, Rows, Terms, Work
 
 _NOW = Terms()
 _CLOSE_SECONDS = 5.0
+_PASSES = 4
 _GATHER_NS = 1_000_000
-"""How long rows that will run on the event loop wait for others that its passes bring."""
+"""How long rows that will run on the loop wait for others: passes that bring none, and nanoseconds in all."""
 
 
 class Batcher:
@@ -49,7 +50,7 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._next_look: asyncio.Handle | None = None
         self._delay_over: asyncio.TimerHandle | None = None
-        self._came = 0
+        self._quiet_passes = 0
         self._held = self._draining = self._hurried = False
         self._settled = asyncio.Event()
 
@@ -165,7 +166,7 @@ class Batcher:
                 raise _too_late()
             expires, slack = time.perf_counter_ns() + int(left * 1e9), slack_of(left)
         self._admission.admit(works, terms, expires)
-        self._came += 1
+        self._quiet_passes = 0
         self._changed()
         return slack
 
@@ -245,19 +246,20 @@ class Batcher:
         self._next_look = self._delay_over = None
 
     def _more_may_come(self) -> bool:
-        """Whether to let the loop make one more pass before a batch runs on it, since the last one brought requests.
+        """Whether rows that would run on the event loop wait for others that its next passes may bring.
 
-        A batch that runs in a thread gathers the next one meanwhile. One that runs here does not: what has arrived
-        would be read, request by request, between forwards of a single row.
+        A batch in a thread leaves the loop free to gather the next one. One on the loop does not: without this wait
+        requests that come at the same time would be read and run one by one. A request takes several passes from its
+        first byte to this queue; passes that bring nothing take two microseconds each.
         """
-        came, self._came = self._came, 0
-        oldest = self._queue.oldest()
-        if not came or not oldest or self._hurried or self._limits.max_delay:
+        self._quiet_passes += 1
+        held, oldest = self._queue.held, self._queue.oldest()
+        if not oldest or self._hurried or self._limits.max_delay:
             return False
-        rows = self._queue.held.rows
         return (
-            rows < self._limits.max_batch
-            and self._forwards.inline(rows)
+            self._quiet_passes < _PASSES
+            and held.rows < self._limits.max_batch
+            and self._forwards.inline(held.rows)
             and time.perf_counter_ns() - oldest.arrived < _GATHER_NS
         )
 
