@@ -14,6 +14,7 @@ from layercast.server.batching.forwards import Forwards
 from layercast.server.batching.gather import Batch, gather, ripe_rows
 from layercast.server.batching.instance import Ran, Run
 from layercast.server.batching.pace import Pace
+from layercast.server.batching.patience import Patience
 from layercast.server.batching.policy import Execution, Limits, Observer, Phase, Reason, slack_of
 from layercast.server.batching.queue import Queue
 from layercast.server.errors import DeadlineCancelled, DeadlineExceeded, Unavailable
@@ -21,9 +22,6 @@ from layercast.server.work import Answer, Rows, Terms, Work
 
 _NOW = Terms()
 _CLOSE_SECONDS = 5.0
-_PASSES = 4
-_GATHER_NS = 1_000_000
-"""How long rows that will run on the loop wait for others: passes that bring none, and nanoseconds in all."""
 
 
 class Batcher:
@@ -50,9 +48,12 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._next_look: asyncio.Handle | None = None
         self._delay_over: asyncio.TimerHandle | None = None
-        self._quiet_passes = 0
+        self._patience = Patience()
         self._held = self._draining = self._hurried = False
         self._settled = asyncio.Event()
+        # For works that nobody waits for any more.
+        self._nobody = self.future()
+        self._nobody.cancel()
 
     @property
     def limits(self) -> Limits:
@@ -112,6 +113,10 @@ class Batcher:
         finally:
             for timer in timers:
                 timer.cancel()
+            # Parts refer to each other, and an error, by its traceback, to the works that it ended. Only a garbage
+            # collection would free such a circle, inputs and all, and collections hold up every request.
+            for work in works:
+                work.parts, work.future = (), self._nobody
 
     def hold(self) -> None:
         """Gather nothing until `release`: what arrives waits in the queue. For tests of waiting rows."""
@@ -166,7 +171,7 @@ class Batcher:
                 raise _too_late()
             expires, slack = time.perf_counter_ns() + int(left * 1e9), slack_of(left)
         self._admission.admit(works, terms, expires)
-        self._quiet_passes = 0
+        self._patience.came()
         self._changed()
         return slack
 
@@ -232,10 +237,8 @@ class Batcher:
             if not gathered.batch:
                 self._look_after_delay(now)
                 break
-            ended = self._start(gathered.batch, now)
-            if ended:
-                # It ran here: others on this loop come first now.
-                self._look_soon()
+            if self._start(gathered.batch, now):
+                self._look_soon()  # it ran on this loop: others come first now
                 break
         self._settle()
 
@@ -246,21 +249,14 @@ class Batcher:
         self._next_look = self._delay_over = None
 
     def _more_may_come(self) -> bool:
-        """Whether rows that would run on the event loop wait for others that its next passes may bring.
-
-        A batch in a thread leaves the loop free to gather the next one. One on the loop does not: without this wait
-        requests that come at the same time would be read and run one by one. A request takes several passes from its
-        first byte to this queue; passes that bring nothing take two microseconds each.
-        """
-        self._quiet_passes += 1
+        """Whether the rows that wait would run on the event loop, which may bring others in its next pass."""
         held, oldest = self._queue.held, self._queue.oldest()
-        if not oldest or self._hurried or self._limits.max_delay:
-            return False
         return (
-            self._quiet_passes < _PASSES
+            oldest is not None
+            and not (self._hurried or self._limits.max_delay)
             and held.rows < self._limits.max_batch
             and self._forwards.inline(held.rows)
-            and time.perf_counter_ns() - oldest.arrived < _GATHER_NS
+            and self._patience.lasts(oldest.arrived)
         )
 
     def _start(self, batch: Batch, now: int) -> bool:
