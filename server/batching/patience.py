@@ -23,6 +23,6 @@ class Patience:
         self._quiet = 0
 
     def lasts(self, arrived: int) -> bool:
-        """Tell whether to wait one more pass, the oldest row having arrived at `arrived` on `perf_counter_ns`'s clock."""
+        """Tell whether to wait one more pass, the oldest row having arrived at `arrived` (`perf_counter_ns`)."""
         self._quiet += 1
         return self._quiet < _PASSES and time.perf_counter_ns() - arrived < _LONGEST_NS
