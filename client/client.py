@@ -1,8 +1,9 @@
 """The synchronous client."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, Unpack, overload
 
 import grpc
 
@@ -13,11 +14,15 @@ from layercast.client.connection import (
     Connection,
     Deadline,
 )
+from layercast.client.edits import Edit
 from layercast.client.errors import LayercastError, from_status
-from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
+from layercast.client.explaining import Targets
+from layercast.client.many import DEFAULT_IN_FLIGHT, METHOD, Errors, Many, check_items
+from layercast.client.operations import Call, Operations, Outcome, Outputs, Question, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
+from layercast.client.streams import Items, Stream, results
 from layercast.client.translation import Inputs
-from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata
+from layercast.client.types import ExplainOptions, Explanation, LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray
 from layercast.proto.rpc import FEATURES, INFERENCE
 
@@ -28,6 +33,7 @@ class Client:
         with Client("localhost:8001") as client:
             logits = client.predict("mnist", images)                         # [N, 10]
             maps = client.features("mnist", images, "net.*", reduce="mean")  # {"net.0@mean": ..., ...}
+            why = client.explain("mnist", images, targets=7).attributions    # of the images' shape
 
     `timeout` is in seconds and covers a whole call; None waits for ever. A method's own `timeout` goes before it.
     `max_message_bytes` bounds requests and answers.
@@ -123,6 +129,33 @@ class Client:
         """
         return self._run(self._operations.predict(model, inputs, version, outputs, id), timeout)
 
+    def predict_many(
+        self,
+        model: str,
+        items: Items,
+        *,
+        version: str = "",
+        outputs: Outputs = None,
+        errors: Errors = "raise",
+        in_flight: int = DEFAULT_IN_FLIGHT,
+        timeout: float | None = None,
+    ) -> Generator[Any, None, None]:
+        """Predictions for many items over one stream, in their order: an iterator of what `predict` returns for each.
+
+        `items` is any iterable of inputs as `predict` takes them, single rows or small batches. It is consumed lazily:
+        at most `in_flight` items, or `max_message_bytes` of them, are sent and not yet answered, and the next is taken
+        only when no result is ready. An item that depends on the result before it wants `in_flight=1`.
+
+        An item that fails alone raises its error, which ends the iteration; `error.answered` is its index. With
+        `errors="return"` the error is the item's result, and the iteration goes on. A stream that breaks raises in
+        both cases; its `error.answered` says how many results came. Nothing is sent again: the items after those may
+        have run, or not. `timeout` is how long one answer may take, not the whole stream.
+
+        Leaving the loop early closes the stream once the iterator is collected; its `close()` does so at once.
+        """
+        check_items(items, errors, in_flight)
+        return self._many(iter(items), self._operations.question(model, version, outputs), errors, in_flight, timeout)
+
     def features(
         self,
         model: str,
@@ -138,9 +171,75 @@ class Client:
         """What layers inside the model computed for these rows, by layer name.
 
         `layers` are globs over the paths that `layers()` lists, each with an optional `@reducer` (`net.*@mean`);
-        `reduce` is the reducer for those without. `outputs` adds outputs of the model from the same forward.
+        `reduce` is the reducer for those without: none, mean, max, cls, last, flatten, norm, fp16 or proj64, or several
+        joined by @. `outputs` adds outputs of the model from the same forward; without them it stops after the deepest
+        layer. The batch is dimension 0 of every array, the dtype is the layer's own or the reducer's. A glob that
+        selects nothing and a reducer that does not fit are InvalidArgument; ResourceExhausted when the answer would not
+        fit into a message: send fewer rows or layers, or reduce.
         """
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
+        return self._run(steps, timeout)
+
+    def steer(
+        self,
+        model: str,
+        inputs: Inputs,
+        edits: Edit | Sequence[Edit],
+        *,
+        outputs: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] = (),
+        reduce: str | None = None,
+        version: str = "",
+        timeout: float | None = None,
+        id: str = "",
+    ) -> dict[str, AnyArray]:
+        """What the model answers when layers are changed for these rows, by output (and layer) name.
+
+        `edits` are made by the methods of `Edit`, those of one layer in the order given. `outputs` names those wanted,
+        None for all. `layers` and `reduce` add layers of the changed forward, as in `features`; an edited one gives its
+        edited values. Nobody else's rows are touched. The batch is dimension 0 of every array, the dtype the output's
+        or the layer's own. PermissionDenied unless the operator allows it for the model (`steering = true`);
+        InvalidArgument for an edit that does not fit, with its place.
+        """
+        steps = self._operations.steer(model, inputs, edits, outputs, layers, reduce, version, id)
+        return self._run(steps, timeout)
+
+    def explain(
+        self,
+        model: str,
+        inputs: Inputs,
+        method: str = "integrated-gradients",
+        targets: Targets = None,
+        *,
+        output: str | None = None,
+        input: str | None = None,
+        version: str = "",
+        timeout: float | None = None,
+        id: str = "",
+        **options: Unpack[ExplainOptions],
+    ) -> Explanation:
+        """How much each value of the inputs counts for what the model answers, row by row.
+
+        `method` is saliency, input-x-gradient, smoothgrad, integrated-gradients, gradcam, occlusion or
+        attention-rollout. `targets` is the class index to explain: one for all rows, one for each, or None for each
+        row's largest output. `output` names the output that is explained (the first), `input` the input (the only
+        float one, or the first). Token ids are explained through the Embedding that takes them.
+
+        Options by name, each of some methods; what is left out is the method's default:
+        `layer` (gradcam: a pattern that selects one layer; attention-rollout: one over the attention layers), `steps`
+        (integrated-gradients), `baseline` (integrated-gradients, occlusion: a constant, for token ids a token id),
+        `samples`, `noise` and `seed` (smoothgrad), `window` and `stride` (occlusion: one size, or one for each
+        dimension that the window slides along), `upsample` (gradcam: False for a map of the layer's own size), `pool`
+        (attention-rollout: mean, cls or last) and `residual` (its share of the residual connection).
+
+        The answer's `attributions` have the input's shape; [N, T] for token ids; [N, H, W] for gradcam: see
+        `Explanation`. A method, option, layer or target that does not fit is InvalidArgument with the nearest one;
+        Unavailable when too many explanations wait. Papers: Simonyan et al. 2014 (saliency), Smilkov et al. 2017
+        (smoothgrad), Sundararajan et al. 2017 (integrated gradients), Selvaraju et al. 2017 (Grad-CAM), Zeiler and
+        Fergus 2014 (occlusion), Abnar and Zuidema 2020 (attention rollout).
+        """
+        named = output, input
+        steps = self._operations.explain(model, inputs, method, targets, named, version, id, options)
         return self._run(steps, timeout)
 
     def layers(
@@ -197,6 +296,16 @@ class Client:
         except StopIteration as done:
             result: Result = done.value
             return result
+
+    def _many(
+        self, items: Iterator[Inputs], steps: Steps[Question], errors: Errors, in_flight: int, timeout: float | None
+    ) -> Generator[Any, None, None]:
+        many = Many(self._operations, self._connection, self._run(steps, timeout), errors, in_flight)
+        if self._closed:
+            raise LayercastError("this client is closed")
+        call: Any = self._channel.stream_stream(METHOD.path, None, METHOD.response.FromString)
+        stream = Stream(partial(call, metadata=tuple(self._connection.headers.items())))
+        yield from results(stream, many, items, self._connection.deadline(timeout).timeout)
 
     def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
         if self._closed:

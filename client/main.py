@@ -10,8 +10,10 @@ import importlib.metadata
 import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TextIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,10 @@ COMMANDS: dict[str, Command] = {
         "ask a server what a model says about a picture, array or text", "layercast.client.commands.predict"
     ),
     "features": Command("ask a server what layers inside a model computed", "layercast.client.commands.features"),
+    "explain": Command("ask a server what in an input counts for its answer", "layercast.client.commands.explain"),
+    "embed": Command(
+        "write a layer's values for every file of a directory into one file", "layercast.client.commands.embed"
+    ),
     "layers": Command("list the layers of a model", "layercast.client.commands.layers"),
     "models": Command("list the models of a server", "layercast.client.commands.models"),
     "models show": Command(
@@ -41,7 +47,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 # Which extra brings a package; every other one comes with `server`.
-EXTRAS = {"PIL": "images", "onnx": "export", "onnxscript": "export"}
+EXTRAS = {"PIL": "images", "pyarrow": "parquet", "onnx": "export", "onnxscript": "export"}
 
 BAD_DATA, BAD_ARGUMENTS, INTERRUPTED = 1, 2, 130
 
@@ -68,13 +74,17 @@ def _run(arguments: list[str]) -> int:
         return _without_verb(verb)
     command = COMMANDS[verb]
     # Late, like every verb: `--help` needs neither grpc nor numpy.
-    from layercast.client.errors import LayercastError
+    from layercast.client.errors import InputWarning, LayercastError
 
     try:
         module = importlib.import_module(command.module)
         parser = argparse.ArgumentParser(prog=f"layercast {verb}", description=_description(module))
         module.add_arguments(parser)
-        code: int = module.run(_parse(parser, rest))
+        given = _parse(parser, rest)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", InputWarning)
+            warnings.showwarning = _show_warning
+            code: int = module.run(given)
         sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
@@ -134,6 +144,17 @@ def _description(module: ModuleType) -> str:
     first = (module.__doc__ or "").strip().partition("\n")[0]
     text = first.partition(": ")[2] or first
     return text[:1].upper() + text[1:]
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"layercast: {category.__name__}:", " ".join(str(message).split()), file=sys.stderr)
 
 
 def _fail(message: str) -> int:

@@ -34,7 +34,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 MODEL_FILE = "layercast.toml"
 _PREFIX = "LAYERCAST_"
 # Read by other parts: the client, set-up scripts, tests.
-_OTHERS = re.compile(r"LAYERCAST_(URL|TOKEN|TRACEBACK|DATA|YES|TRITONCLIENT_PYTHON|TEST_\w+)\Z")
+_OTHERS = re.compile(r"LAYERCAST_(URL|TOKEN|TRACEBACK|DATA|YES|TEST_\w+)\Z")
 # What Kubernetes sets for a service called layercast, or layercast-and-more, in every pod beside it.
 _OF_KUBERNETES = re.compile(r"LAYERCAST_(\w+_)?(SERVICE_(HOST|PORT)|PORT_\d+_)")
 
@@ -88,6 +88,7 @@ class ModelSettings(BaseModel):
         default="auto", description="what runs plain predictions; auto takes the fastest measured, but never onnx-int8"
     )
     device: DeviceName = Field(default="auto", description="where models run; auto takes a GPU if there is one")
+    steering: bool = Field(default=False, description="let callers change layers for their own rows (Steer)")
     versions: Literal["all", "latest"] = Field(
         default="all", description="which versions are served; latest is the highest that loads"
     )

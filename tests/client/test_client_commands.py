@@ -21,18 +21,6 @@ pytest.importorskip("PIL.Image", reason="Pillow comes with the images extra")
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def run(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("LAYERCAST_URL", server.url)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = program.main(list(arguments))
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def digit(number: int) -> str:
     return str(SAMPLES / f"digit-{number}.png")
 
@@ -93,6 +81,13 @@ def test_predict_without_labels_prints_the_outputs(run: Run, tmp_path: Path) -> 
     assert (code, out) == (0, "y float32 [1, 2]\n[[1.5 2.5]]\n")
     code, out, _ = run("predict", "echo_FP32", str(tmp_path / "x.npy"), "--json")
     assert json.loads(out) == {"model": "echo_FP32", "outputs": {"y": [[1.5, 2.5]]}}
+
+
+def test_the_servers_doubts_are_one_line(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([7.0], "f4"))
+    code, out, err = run("predict", "doubtful", str(tmp_path / "x.npy"))
+    assert (code, out) == (0, "y float32 [1]\n[0.]\n")
+    assert err == "layercast: InputWarning: input 'x': want values from 0 to 1, got 0 to 7\n"
 
 
 def test_features_table_and_file(run: Run, server: Any, tmp_path: Path) -> None:
@@ -226,8 +221,18 @@ def test_a_reader_that_leaves_is_no_error(server: Any) -> None:
 def test_the_client_is_light() -> None:
     program_text = (
         "import sys, layercast.client, layercast.client.main, layercast.client.commands.predict\n"
-        "heavy = {'torch', 'PIL', 'pydantic', 'prometheus_client', 'onnxruntime', 'layercast.server',"
+        "from layercast.client.commands import embed, explain, features\n"
+        "heavy = {'torch', 'PIL', 'matplotlib', 'pyarrow', 'pydantic', 'prometheus_client', 'onnxruntime', 'layercast.server',"
         " 'layercast.models'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program_text], check=True)
+    help_text = (
+        "import sys, layercast.client, layercast.client.main as program\n"
+        "assert program.main(['--help']) == 0\n"
+        "heavy = {'grpc', 'numpy', 'google.protobuf'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "from layercast.client import Client, InputWarning, LayerInfo\n"
+        "assert set(layercast.client.__all__) == set(dir(layercast.client))\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", help_text], check=True, stdout=subprocess.DEVNULL)
