@@ -84,6 +84,7 @@ async def _measure(root: Path, args: argparse.Namespace) -> None:
     repository = Repository(read({"repository": root, **options}), metrics, 1)
     await repository.load_all(root)
     model = repository.find("mnist", "")
+    print(f"batches of up to {model.loaded.inline_rows} rows run on the event loop")
     if args.engine == "none":
         _replace_engine(model)
     service = InferenceService(Answering(repository, metrics, 64 << 20))
@@ -92,7 +93,6 @@ async def _measure(root: Path, args: argparse.Namespace) -> None:
     for concurrency in args.concurrency:
         for name, context in (("no deadline", _Context()), ("deadline", _Context(10.0))):
             best = min([await _run(handle, context, args.requests, concurrency) for _ in range(args.runs)])
-            batches = model.monitor.statistics
             print(f"c={concurrency:<3} {name:<12} {best[0]:6.1f} us CPU, {best[1]:6.1f} us wall a request")
     profile = cProfile.Profile()
     if args.profile:
@@ -119,7 +119,8 @@ async def _run(handle: Any, context: Any, requests: int, concurrency: int) -> tu
     message.inputs.add(name="image", datatype="FP32", shape=image.shape)
     raw = message.SerializeToString()
     answer = ModelInferResponse.FromString(await handle(raw, context))
-    assert answer.outputs[0].shape == [1, 10] and answer.id == "7"
+    assert answer.outputs[0].shape == [1, 10]
+    assert answer.id == "7"
 
     async def ask() -> None:
         # As grpc.aio does: a task of its own for every call.

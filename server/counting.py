@@ -10,7 +10,6 @@ from itertools import accumulate
 from typing import Generic, Literal, Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry, Metric
-from prometheus_client.utils import INF, floatToGoString
 
 Sample = tuple[str, Mapping[str, str], float]
 """One line of a scrape: what follows the family's name, labels beside the series' own, and the value."""
@@ -82,8 +81,8 @@ class Spread:
     def samples(self) -> Iterable[Sample]:
         """Yield what a scrape sees."""
         below = list(accumulate(self._counts))
-        for bound, count in zip((*self._bounds, INF), below, strict=True):
-            yield "_bucket", {"le": floatToGoString(bound)}, count
+        for bound, count in zip([*map(float, self._bounds), "+Inf"], below, strict=True):
+            yield "_bucket", {"le": str(bound)}, count
         yield "_count", {}, below[-1]
         yield "_sum", {}, self._sum
 

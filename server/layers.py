@@ -116,14 +116,22 @@ def reduced_datatype(layer: LayerSpec, tap: Tap) -> str:
     return datatype
 
 
-def check_size(
-    manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None, limit: int, outputs: Sequence[str] = ()
-) -> None:
-    """Raise ResourceExhausted, before anything is allocated, when the values asked for would not fit into a message."""
+def answer_size(
+    manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None, outputs: Sequence[str] = ()
+) -> int:
+    """Return how many bytes an answer with these taps and outputs takes, names, shapes and parameters included."""
     size = answer_bytes(manifest, taps, rows, length) + _ENVELOPE
     for spec in manifest.outputs:
         if spec.name in outputs:
             size += math.prod(_sizes(spec.shape, rows, length)) * _ITEM_SIZES.get(spec.datatype, 1)
+    return size
+
+
+def check_size(
+    manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None, limit: int, outputs: Sequence[str] = ()
+) -> None:
+    """Raise ResourceExhausted, before anything is allocated, when the values asked for would not fit into a message."""
+    size = answer_size(manifest, taps, rows, length, outputs)
     if size > limit:
         raise ResourceExhausted(
             f"the values asked for take {size:,} bytes for {rows} rows, an answer holds {limit:,}; "

@@ -21,6 +21,7 @@ from layercast.server.engines.base import Engine, EngineError, Inputs
 from layercast.server.engines.selection import Engines, golden_rows, select
 from layercast.server.engines.source import Source
 from layercast.server.errors import OutOfMemory
+from layercast.server.inline import inline_rows
 from layercast.server.model import Loaded
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
@@ -65,19 +66,26 @@ def load(
     if source.untrusted:
         logger.warning("%s: layers are not available: %s", manifest.name, source.untrusted)
         manifest = _without_layers(manifest, source.untrusted)
-    largest = golden_rows(recorded, settings.max_batch)
     for engines in (first, *others):
         for engine in engines.fast.values():
-            try:
-                memory.within(partial(engine.run, largest), lambda: f"{settings.max_batch} rows, which are max_batch,")
-            except OutOfMemory as error:
-                raise LoadError(f"{error} take more memory than there is; set a lower max_batch") from None
+            _warm_up(engine, golden_rows(recorded, settings.max_batch), settings.max_batch)
     runners = tuple(Runner(manifest, engines.chosen(choice, manifest), engines.eager) for engines in (first, *others))
-    warmup_ms = _time(runners[0].fast, golden_rows(recorded, 1))
+    one_row = golden_rows(recorded, 1)
+    warmup_ms = _time(runners[0].fast, one_row)
+    inline = inline_rows(runners[0].fast, manifest, one_row, settings.max_batch)
     memory.trim()  # of what was read, and of engines that run nothing
-    note = f"layers are not available: {source.untrusted}" if source.untrusted else ""
-    seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
-    return Loaded(manifest, settings, runners, own, seconds, warmup_ms, note, str(choice), cards)
+    return Loaded(
+        manifest,
+        settings,
+        runners,
+        own,
+        time.perf_counter() - start,
+        warmup_ms,
+        note=f"layers are not available: {source.untrusted}" if source.untrusted else "",
+        engines=str(choice),
+        inline_rows=inline,
+        cards=tuple(device.index for device in devices if device.type == "cuda"),
+    )
 
 
 @contextmanager
@@ -115,6 +123,15 @@ def _without_layers(manifest: Manifest, reason: str) -> Manifest:
         for layer in manifest.layers
     )
     return Manifest.model_validate(manifest.model_dump() | {"layers": layers})
+
+
+def _warm_up(engine: Engine, inputs: Inputs, rows: int) -> None:
+    """Run the largest batch once: memory is taken now, or seen not to be there."""
+    text = f"{rows} rows, which are max_batch, take more memory than there is; set a lower max_batch"
+    try:
+        memory.within(partial(engine.run, inputs), lambda: text)
+    except OutOfMemory as error:
+        raise LoadError(str(error)) from None
 
 
 def _time(engine: Engine, inputs: Inputs) -> float:

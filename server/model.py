@@ -1,8 +1,7 @@
 """A model version that answers: its manifest, its runners, its batcher, its counts."""
 
 import asyncio
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +26,8 @@ class Loaded:
 
     `runners` are its instances, which share nothing; each computes with `threads` threads. `warmup_ms` is one warm
     forward of one row, `note` what an operator should know of a version that answers, `engines` which engine runs which
-    batch of plain predictions, `cards` the CUDA device of each instance, if they run on any.
+    batch of plain predictions, `inline_rows` how many rows run sooner than they could be handed to a thread. `cards` is
+    the CUDA device of each instance, if they run on any.
     """
 
     manifest: Manifest
@@ -38,6 +38,7 @@ class Loaded:
     warmup_ms: float
     note: str = ""
     engines: str = ""
+    inline_rows: int = 0
     cards: tuple[int, ...] = ()
 
     @property
@@ -64,6 +65,7 @@ class Loaded:
             preferred=settings.preferred_batch,
             queue_timeout=settings.queue_timeout_ms / 1000 or None,
             priorities=settings.priorities,
+            inline_rows=self.inline_rows,
         )
 
 
@@ -83,17 +85,16 @@ class ServedModel:
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep the model, which a newer one may replace meanwhile, until the body has ended."""
+    def hold(self) -> None:
+        """Keep the model, which a newer one may replace meanwhile, until `let_go`, which must follow."""
         self._holders += 1
         self._free.clear()
-        try:
-            yield
-        finally:
-            self._holders -= 1
-            if not self._holders:
-                self._free.set()
+
+    def let_go(self) -> None:
+        """End what `hold` began."""
+        self._holders -= 1
+        if not self._holders:
+            self._free.set()
 
     async def released(self) -> None:
         """Return when nobody holds the model."""

@@ -14,6 +14,7 @@ from layercast.server.batching.forwards import Forwards
 from layercast.server.batching.gather import Batch, gather, ripe_rows
 from layercast.server.batching.instance import Ran, Run
 from layercast.server.batching.pace import Pace
+from layercast.server.batching.patience import Patience
 from layercast.server.batching.policy import Execution, Limits, Observer, Phase, Reason, slack_of
 from layercast.server.batching.queue import Queue
 from layercast.server.errors import DeadlineCancelled, DeadlineExceeded, Unavailable
@@ -21,8 +22,6 @@ from layercast.server.work import Answer, Rows, Terms, Work
 
 _NOW = Terms()
 _CLOSE_SECONDS = 5.0
-_GATHER_NS = 1_000_000
-"""How long rows that will run on the event loop wait for others that its passes bring."""
 
 
 class Batcher:
@@ -49,9 +48,12 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._next_look: asyncio.Handle | None = None
         self._delay_over: asyncio.TimerHandle | None = None
-        self._came = 0
+        self._patience = Patience()
         self._held = self._draining = self._hurried = False
         self._settled = asyncio.Event()
+        # For works that nobody waits for any more.
+        self._nobody = self.future()
+        self._nobody.cancel()
 
     @property
     def limits(self) -> Limits:
@@ -76,6 +78,10 @@ class Batcher:
     def future(self) -> "asyncio.Future[Answer]":
         """Return a future for a work of this batcher."""
         return self._loop.create_future()
+
+    def check_room(self, rows: int, peer: str) -> None:
+        """Raise Unavailable when `submit` is sure to for so many rows of `peer`: before any work is spent on them."""
+        self._admission.check_room(rows, peer)
 
     async def submit(self, works: Sequence[Work], terms: Terms = _NOW) -> list[Answer]:
         """Queue the works of one request, all or none, and return their answers in order.
@@ -107,6 +113,10 @@ class Batcher:
         finally:
             for timer in timers:
                 timer.cancel()
+            # Parts refer to each other, and an error, by its traceback, to the works that it ended. Only a garbage
+            # collection would free such a circle, inputs and all, and collections hold up every request.
+            for work in works:
+                work.parts, work.future = (), self._nobody
 
     def hold(self) -> None:
         """Gather nothing until `release`: what arrives waits in the queue. For tests of waiting rows."""
@@ -161,7 +171,7 @@ class Batcher:
                 raise _too_late()
             expires, slack = time.perf_counter_ns() + int(left * 1e9), slack_of(left)
         self._admission.admit(works, terms, expires)
-        self._came += 1
+        self._patience.came()
         self._changed()
         return slack
 
@@ -227,10 +237,8 @@ class Batcher:
             if not gathered.batch:
                 self._look_after_delay(now)
                 break
-            ended = self._start(gathered.batch, now)
-            if ended:
-                # It ran here: others on this loop come first now.
-                self._look_soon()
+            if self._start(gathered.batch, now):
+                self._look_soon()  # it ran on this loop: others come first now
                 break
         self._settle()
 
@@ -241,20 +249,14 @@ class Batcher:
         self._next_look = self._delay_over = None
 
     def _more_may_come(self) -> bool:
-        """Whether to let the loop make one more pass before a batch runs on it, since the last one brought requests.
-
-        A batch that runs in a thread gathers the next one meanwhile. One that runs here does not: what has arrived
-        would be read, request by request, between forwards of a single row.
-        """
-        came, self._came = self._came, 0
-        oldest = self._queue.oldest()
-        if not came or not oldest or self._hurried or self._limits.max_delay:
-            return False
-        rows = self._queue.held.rows
+        """Whether the rows that wait would run on the event loop, which may bring others in its next pass."""
+        held, oldest = self._queue.held, self._queue.oldest()
         return (
-            rows < self._limits.max_batch
-            and self._forwards.inline(rows)
-            and time.perf_counter_ns() - oldest.arrived < _GATHER_NS
+            oldest is not None
+            and not (self._hurried or self._limits.max_delay)
+            and held.rows < self._limits.max_batch
+            and self._forwards.inline(held.rows)
+            and self._patience.lasts(oldest.arrived)
         )
 
     def _start(self, batch: Batch, now: int) -> bool:

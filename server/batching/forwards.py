@@ -24,9 +24,11 @@ Answer = Callable[[Sequence[Work], Ran, Reason], None]
 Fail = Callable[[Sequence[Work], Exception], None]
 
 _SURPRISE_NS: Final = 1_000_000
-"""A forward on the loop that took so long belongs into a thread, whatever was measured when the model was loaded."""
+"""What no forward on the loop should take."""
+_MOST_SURPRISES: Final = 3
+"""As many of them in a row send the model's forwards to its threads."""
 _WARY_NS: Final = 1_000_000_000
-"""How long all forwards run in threads after a surprise."""
+"""How long they stay there."""
 
 
 class Forwards:
@@ -52,7 +54,7 @@ class Forwards:
         self._answer = answer
         self._fail = fail
         self._freed = freed
-        self._wary_until = 0
+        self._surprises = self._wary_until = 0
         self._alone: set[asyncio.Task[None]] = set()
         self._closed = False
         self._instances = [Instance(f"layercast-{name}-{at}", run, prepare) for at, run in enumerate(runs)]
@@ -69,20 +71,26 @@ class Forwards:
         return bool(self._free)
 
     def inline(self, rows: int) -> bool:
-        """Tell whether a forward of so many rows, without taps, would run on the event loop now."""
+        """Tell whether a plain forward of so many rows, without taps and edits, would run on the event loop now."""
         return rows <= self._inline_rows and (not self._wary_until or time.perf_counter_ns() >= self._wary_until)
 
     def start(self, batch: Batch) -> bool:
         """Run `batch` on a free instance; tell whether it has ended, which is so when it ran on the event loop."""
         instance, works = self._free.pop(), batch.works
         self.running.update(works)
-        if not self.inline(batch.rows) or any(work.taps for work in works):
+        if not self.inline(batch.rows) or any(work.taps or work.edits for work in works):
             instance.start(works, partial(self._ran, instance, batch))
             return False
         ran, error = instance.run_here(works)
-        if ran and ran.compute_ns > _SURPRISE_NS:
-            self._wary_until = time.perf_counter_ns() + _WARY_NS
+        self._judge(ran)
         return self._ended(instance, batch, ran, error)
+
+    def _judge(self, ran: Ran | None) -> None:
+        """Leave the loop to others for a while when forwards on it take longer than was measured at the load."""
+        # One alone says nothing of the model: on a busy machine the thread may have been put aside for that long.
+        self._surprises = self._surprises + 1 if ran and ran.compute_ns > _SURPRISE_NS else 0
+        if self._surprises == _MOST_SURPRISES:
+            self._surprises, self._wary_until = 0, time.perf_counter_ns() + _WARY_NS
 
     def cancel(self) -> None:
         """Tell nobody any more how forwards end."""
