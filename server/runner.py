@@ -28,6 +28,7 @@ class Runner:
 
     def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine | None) -> None:
         self._buffers = {spec.name: _Buffer(spec) for spec in manifest.inputs}
+        self._name = manifest.name
         self.fast = fast
         self.eager = eager
 
@@ -60,7 +61,7 @@ class Runner:
     def _too_large(self, rows: int) -> str:
         device = "GPU" if self.fast.device == "cuda" else "machine"
         return (
-            f"{rows} rows of model {self._manifest.name!r} together take more memory than the {device} has left; "
+            f"{rows} rows of model {self._name!r} together take more memory than the {device} has left; "
             f"send fewer rows in a request, smaller ones, or ask for fewer layers"
         )
 

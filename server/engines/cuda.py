@@ -24,12 +24,12 @@ def name(index: int) -> str:
 
 def in_use() -> bool:
     """Tell whether this process computes with CUDA."""
-    return torch.cuda.is_initialized()
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def release() -> None:
     """Give memory that torch keeps for later back to the cards, for instance to ONNX Runtime."""
-    if torch.cuda.is_initialized():
+    if in_use():
         torch.cuda.empty_cache()
 
 
@@ -47,7 +47,7 @@ class Card:
 
     def stream(self) -> Any:
         """Return a new stream, which runs beside all others."""
-        return torch.cuda.Stream(self.device)
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def on(self, stream: Any) -> AbstractContextManager[Any]:
         """Queue what the body does on `stream`, and make its card this thread's."""
@@ -59,7 +59,8 @@ class Card:
 
     def record(self, stream: Any) -> Any:
         """Return an event that happens when all that is queued on `stream` now is done."""
-        event = torch.cuda.Event(blocking=True)  # who waits for it sleeps, and leaves the processor to the event loop
+        # Who waits for it sleeps, and leaves the processor to the event loop.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(stream)
         return event
 
