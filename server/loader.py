@@ -73,7 +73,7 @@ def load(
     one_row = golden_rows(recorded, 1)
     warmup_ms = _time(runners[0].fast, one_row)
     inline = inline_rows(runners[0].fast, manifest, one_row, settings.max_batch)
-    memory.trim()  # of what was read, and of engines that run nothing
+    memory.release()  # of what was read, and of engines that run nothing
     return Loaded(
         manifest,
         settings,

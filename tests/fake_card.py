@@ -75,9 +75,14 @@ class FakeCard:
         self.current: Stream | None = None
 
     def stream(self) -> Stream:
-        made = Stream(("compute", "copy", "capture")[min(len(self.streams), 2)])
-        self.streams.append(made)
-        return made
+        return self._stream(("compute", "copy")[len(self.streams)])
+
+    def capture_stream(self) -> Stream:
+        return self._stream("capture")
+
+    def _stream(self, name: str) -> Stream:
+        self.streams.append(Stream(name))
+        return self.streams[-1]
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Everything that is asked of CUDA, in one place. Nothing here touches it unless a model runs on a card."""
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
@@ -10,6 +11,10 @@ from torch import Tensor
 T = TypeVar("T")
 
 PROVIDER: Final = "CUDAExecutionProvider"
+
+_HIGH: Final = -1
+_capturing = threading.Lock()
+"""Held while a graph is recorded: one at a time in a process, and nobody may give memory back meanwhile."""
 
 
 def count() -> int:
@@ -29,7 +34,9 @@ def in_use() -> bool:
 
 def release() -> None:
     """Give memory that torch keeps for later back to the cards, for instance to ONNX Runtime."""
-    if in_use():
+    if not in_use():
+        return
+    with _capturing:
         torch.cuda.empty_cache()
 
 
@@ -48,6 +55,14 @@ class Card:
     def stream(self) -> Any:
         """Return a new stream, which runs beside all others."""
         return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def capture_stream(self) -> Any:
+        """Return a stream to record graphs on; no other has its priority.
+
+        Torch hands the same 32 streams of a priority out again and again. What another thread queues on the one that
+        records would be recorded too.
+        """
+        return torch.cuda.Stream(self.device, priority=_HIGH)  # type: ignore[no-untyped-call]
 
     def on(self, stream: Any) -> AbstractContextManager[Any]:
         """Queue what the body does on `stream`, and make its card this thread's."""
@@ -97,7 +112,7 @@ class Card:
         graph = torch.cuda.CUDAGraph()
         # The other threads of a server go on computing meanwhile: only this one's calls may spoil the capture.
         capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.device(self.device), capture:
+        with _capturing, torch.cuda.device(self.device), capture:
             result = forward()
         return graph, result
 

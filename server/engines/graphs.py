@@ -61,7 +61,7 @@ def capture(
     card, graphs = place.card, {}
     # One stream and one pool, the largest first: a graph then needs no memory beside that of those before. They never
     # run at the same time, and what one gave is fetched before the next runs.
-    stream, pool = card.stream(), card.pool()
+    stream, pool = card.capture_stream(), card.pool()
     try:
         for length in reversed(buckets.lengths):
             static = _on_card(Examples(specs).make(buckets.rows[-1], length, "low"), place)
