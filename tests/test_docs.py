@@ -190,7 +190,9 @@ def test_the_metrics_table_is_what_a_server_with_models_shows(zoo_served: Runnin
         families = list(text_string_to_metric_families(response.read().decode()))
     shown = {}
     for family in families:
-        if not family.name.startswith(("python_", "process_", "layercast_gpu_")) and not family.name.endswith("_created"):
+        if not family.name.startswith(("python_", "process_", "layercast_gpu_")) and not family.name.endswith(
+            "_created"
+        ):
             sample = family.samples[0]
             name = sample.name if family.type == "counter" else family.name
             shown[name] = (family.type, set(sample.labels) - {"le"})

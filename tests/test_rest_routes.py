@@ -91,9 +91,7 @@ def recorder(served, monkeypatch):
     from layercast.server.web.app import application
 
     service, metrics, security = Recorder(), Metrics(), Security(None, None)
-    app = application(
-        served.server.repository, metrics, routes([service], metrics, 1 << 20, security), security
-    )
+    app = application(served.server.repository, metrics, routes([service], metrics, 1 << 20, security), security)
     with TestClient(app) as client:
         yield service, client
 
