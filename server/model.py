@@ -62,7 +62,8 @@ class Loaded:
             preferred=settings.preferred_batch,
             queue_timeout=settings.queue_timeout_ms / 1000 or None,
             priorities=settings.priorities,
-            inline_rows=self.inline_rows,
+            # Several instances are there to run at the same time.
+            inline_rows=self.inline_rows if len(self.runners) == 1 else 0,
         )
 
 
