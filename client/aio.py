@@ -1,7 +1,7 @@
 """The asyncio client: the operations of `Client`, awaited."""
 # ruff: noqa: ASYNC109 - a timeout here is a gRPC deadline, which reaches the server; asyncio.timeout would be local
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -16,6 +16,7 @@ from layercast.client.connection import (
     Deadline,
 )
 from layercast.client.errors import LayercastError, from_status
+from layercast.client.joining import Joining
 from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
 from layercast.client.translation import Inputs
@@ -113,6 +114,41 @@ class AsyncClient:
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
         return await self._run(steps, timeout)
 
+    async def stream_features(
+        self,
+        model: str,
+        inputs: Inputs,
+        layers: str | Sequence[str],
+        *,
+        reduce: str | None = None,
+        outputs: str | Sequence[str] | None = None,
+        version: str = "",
+        chunk_bytes: int = 0,
+        timeout: float | None = None,
+        id: str = "",
+    ) -> AsyncGenerator[dict[str, AnyArray], None]:
+        """See `Client.stream_features`."""
+        deadline = self._connection.deadline(timeout)
+        steps = self._operations.stream_features(model, inputs, layers, reduce, outputs, version, chunk_bytes, id)
+        call = await self._run(steps, timeout)
+        joining = Joining(model)
+        responses: Any = None
+        try:
+            self._check(call)
+            responses = self._opened().unary_stream(
+                call.method.path, call.method.request.SerializeToString, call.method.response.FromString
+            )(call.request, timeout=deadline.left, metadata=tuple(self._connection.headers.items()))
+            async for response in responses:
+                if (joined := joining.add(response)) is not None:
+                    yield joined
+            joining.end()
+        except grpc.aio.AioRpcError as error:
+            self._operations.forget(model, version)
+            raise from_status(error, self._connection.url, deadline.timeout) from None
+        finally:
+            if responses is not None:
+                responses.cancel()
+
     async def layers(
         self, model: str, pattern: str = "*", *, version: str = "", timeout: float | None = None
     ) -> list[LayerInfo]:
@@ -173,12 +209,19 @@ class AsyncClient:
             result: Result = done.value
             return result
 
-    async def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
+    def _check(self, call: Call) -> None:
+        """Raise LayercastError for a call that can't be sent."""
         if self._closed:
-            return LayercastError("this client is closed")
+            raise LayercastError("this client is closed")
         oversize = self._connection.oversize(call.request)
         if oversize is not None:
-            return oversize
+            raise oversize
+
+    async def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
+        try:
+            self._check(call)
+        except LayercastError as error:
+            return error
         method = call.method
         send = self._opened().unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
         headers = tuple(self._connection.headers.items())

@@ -1,6 +1,6 @@
 """The synchronous client."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, overload
 
@@ -14,6 +14,7 @@ from layercast.client.connection import (
     Deadline,
 )
 from layercast.client.errors import LayercastError, from_status
+from layercast.client.joining import Joining
 from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
 from layercast.client.translation import Inputs
@@ -66,7 +67,7 @@ class Client:
                 response_deserializer=method.response.FromString,
             )
             for method in (*INFERENCE.values(), *FEATURES.values())
-            if not method.client_streaming
+            if method.kind == "unary"
         }
 
     @overload
@@ -143,6 +144,46 @@ class Client:
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
         return self._run(steps, timeout)
 
+    def stream_features(
+        self,
+        model: str,
+        inputs: Inputs,
+        layers: str | Sequence[str],
+        *,
+        reduce: str | None = None,
+        outputs: str | Sequence[str] | None = None,
+        version: str = "",
+        chunk_bytes: int = 0,
+        timeout: float | None = None,
+        id: str = "",
+    ) -> Iterator[dict[str, AnyArray]]:
+        """`features` for many rows or large layers: a dict for some rows at a time, in order, as they are computed.
+
+        Joined along dimension 0 they are what `features` gives. Each is of about `chunk_bytes` (0: 2 MiB), or of one
+        row where that is larger. The server computes little ahead of what is read; leaving the loop stops it.
+        `timeout` covers all of it, the caller's own time between two dicts too.
+        """
+        deadline = self._connection.deadline(timeout)
+        steps = self._operations.stream_features(model, inputs, layers, reduce, outputs, version, chunk_bytes, id)
+        call = self._run(steps, timeout)
+        joining = Joining(model)
+        responses: Any = None
+        try:
+            self._check(call)
+            responses = self._channel.unary_stream(
+                call.method.path, call.method.request.SerializeToString, call.method.response.FromString
+            )(call.request, timeout=deadline.left, metadata=tuple(self._connection.headers.items()))
+            for response in responses:
+                if (joined := joining.add(response)) is not None:
+                    yield joined
+            joining.end()
+        except grpc.RpcError as error:
+            self._operations.forget(model, version)
+            raise from_status(error, self._connection.url, deadline.timeout) from None
+        finally:
+            if responses is not None:
+                responses.cancel()
+
     def layers(
         self, model: str, pattern: str = "*", *, version: str = "", timeout: float | None = None
     ) -> list[LayerInfo]:
@@ -198,12 +239,19 @@ class Client:
             result: Result = done.value
             return result
 
-    def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
+    def _check(self, call: Call) -> None:
+        """Raise LayercastError for a call that can't be sent."""
         if self._closed:
-            return LayercastError("this client is closed")
+            raise LayercastError("this client is closed")
         oversize = self._connection.oversize(call.request)
         if oversize is not None:
-            return oversize
+            raise oversize
+
+    def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
+        try:
+            self._check(call)
+        except LayercastError as error:
+            return error
         headers = tuple(self._connection.headers.items())
         try:
             return self._calls[call.method.path](call.request, timeout=deadline.left, metadata=headers)

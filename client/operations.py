@@ -17,6 +17,7 @@ from layercast.proto.codec import AnyArray, decode_named, decode_outputs, fill_i
 from layercast.proto.messages import (
     ExtractRequest,
     ExtractResponse,
+    ExtractStreamRequest,
     ListLayersRequest,
     ListLayersResponse,
     ModelInferRequest,
@@ -89,18 +90,30 @@ class Operations:
     ) -> Steps[dict[str, AnyArray]]:
         """See `Client.features`."""
         metadata = yield from self._known(model, version)
-        request = ExtractRequest(
-            model_name=model,
-            model_version=version,
-            id=identifier,
-            layers=taps(layers, reduce),
-            outputs=[outputs] if isinstance(outputs, str) else outputs,
-        )
-        with encoding():
-            request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
+        request = _extraction(metadata, model, inputs, layers, reduce, outputs, version, identifier)
         response: ExtractResponse = yield from self._with_model(Call(FEATURES["Extract"], request), metadata)
         with decoding(model):
             return decode_named([*response.layers, *response.outputs], kind="output", limit=None)
+
+    def stream_features(
+        self,
+        model: str,
+        inputs: Inputs,
+        layers: str | Sequence[str],
+        reduce: str | None,
+        outputs: str | Sequence[str] | None,
+        version: str,
+        chunk_bytes: int,
+        identifier: str,
+    ) -> Steps[Call]:
+        """The RPC whose answers are read by `Client.stream_features`."""
+        metadata = yield from self._known(model, version)
+        request = _extraction(metadata, model, inputs, layers, reduce, outputs, version, identifier)
+        return Call(FEATURES["ExtractStream"], ExtractStreamRequest(extract=request, chunk_bytes=chunk_bytes))
+
+    def forget(self, model: str, version: str) -> None:
+        """Ask for the model's metadata again next time."""
+        self._metadata.pop((model, version), None)
 
     def layers(self, model: str, pattern: str, version: str) -> Steps[list[LayerInfo]]:
         """See `Client.layers`."""
@@ -162,6 +175,28 @@ class Operations:
         except (InvalidArgument, NotFound):
             self._metadata = {key: known for key, known in self._metadata.items() if known is not metadata}
             raise
+
+
+def _extraction(
+    metadata: ModelMetadata,
+    model: str,
+    inputs: Inputs,
+    layers: str | Sequence[str],
+    reduce: str | None,
+    outputs: str | Sequence[str] | None,
+    version: str,
+    identifier: str,
+) -> ExtractRequest:
+    request = ExtractRequest(
+        model_name=model,
+        model_version=version,
+        id=identifier,
+        layers=taps(layers, reduce),
+        outputs=[outputs] if isinstance(outputs, str) else outputs,
+    )
+    with encoding():
+        request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
+    return request
 
 
 def _ask(call: Call) -> Steps[Any]:

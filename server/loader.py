@@ -20,6 +20,7 @@ from layercast.server.engines.base import Engine, EngineError, Inputs
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.onnx import OnnxEngine
 from layercast.server.model import Loaded
+from layercast.server.restrict import restricted, unavailable, without_silent
 from layercast.server.runner import Runner
 from layercast.server.settings import EngineName, ModelSettings
 
@@ -93,7 +94,11 @@ def load(directory: Path, settings: ModelSettings, threads: int, trust: Trust = 
     fast = _fastest(manifest, engines, recorded) if settings.engine == "auto" else settings.engine
     if source.untrusted:
         logger.warning("%s: layers are not available: %s", manifest.name, source.untrusted)
-        manifest = _without_layers(manifest, source.untrusted)
+        manifest = unavailable(manifest, lambda layer: source.untrusted)
+    eager = engines.get("eager")
+    if isinstance(eager, EagerEngine):
+        manifest = without_silent(manifest, eager, recorded.inputs)
+    manifest = restricted(manifest, settings)
     runners = [_runner(manifest, engines, fast)]
     for _ in range(1, settings.instances):
         with _told(directory):
@@ -166,15 +171,6 @@ def _engines(source: _Source, asked: EngineName) -> dict[EngineName, Engine]:
         also = f", or set engine to {others}, whose program can run code" if others else ""
         raise EngineError(f"no program of it can run without its module, and {untrusted}{also}")
     return engines
-
-
-def _without_layers(manifest: Manifest, reason: str) -> Manifest:
-    """Return `manifest` with every layer marked unavailable for `reason`, unless it has a reason of its own."""
-    layers = tuple(
-        layer.model_copy(update={"available": False, "reason": reason}) if layer.available else layer
-        for layer in manifest.layers
-    )
-    return Manifest.model_validate(manifest.model_dump() | {"layers": layers})
 
 
 def _check_golden(engine: Engine, recorded: Golden, manifest: Manifest) -> None:

@@ -12,6 +12,7 @@ from layercast.models.explain import ExplainError, Explanation, explain
 from layercast.models.explain.inputs import Inputs as ExplainInputs
 from layercast.models.explain.subject import Progress
 from layercast.models.hooks import FeatureExtractor, LayerError, ReducerError
+from layercast.models.layer_index import names_given
 from layercast.models.manifest import Manifest
 from layercast.server.engines.base import Inputs, Outputs
 from layercast.server.engines.tensors import to_outputs, to_tensors
@@ -62,6 +63,10 @@ class EagerEngine:
                 raise InvalidArgument(str(error)) from error
             outputs = to_outputs(result.output, self._manifest.outputs) if predict else {}
             return outputs, {tap: to_numpy(result.features[name]) for tap, name in names.items()}
+
+    def given(self, inputs: Inputs) -> set[str]:
+        """Return the names of the layers that give a value in one forward of `inputs`."""
+        return names_given(self._module, to_tensors(inputs, self._manifest.inputs, self._device))
 
     def explain(
         self, inputs: Inputs, method: str, targets: int | Sequence[int] | None, progress: Progress, **arguments: Any
