@@ -102,6 +102,8 @@ class FeatureExtractor:
         self._taps = [_Tap(Pattern(glob), reducers) for glob, reducers in map(split_tap, dict.fromkeys(layers))]
         self._modules = select_modules(model, [tap.pattern for tap in self._taps])
         self._kinds = module_kinds(self._modules)
+        # Matching takes longer than a small module, and is the same in every forward.
+        self._matches: dict[tuple[LayerName, bool], tuple[_Tap, ...]] = {}
         self._counts: Counter[str] = Counter()
         self._expected: frozenset[LayerName] | None = None
         if known is not None:
@@ -129,6 +131,10 @@ class FeatureExtractor:
         """Remove every hook; safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
+
+    def release(self) -> None:
+        """Let go of the values of the last forward, for an extractor that is kept to be opened again."""
+        self._captures = _Captures()
 
     def run(self, *inputs: Any, token_mask: Tensor | None = None, **named_inputs: Any) -> Extraction:
         """Run the model once and return what was asked for.
@@ -174,10 +180,9 @@ class FeatureExtractor:
             for part, tensor in flatten_output(output):
                 name = LayerName(path, call, part)
                 captures.seen[name] = None
-                for tap in self._taps:
-                    # Whether it is called again is not known yet, so any name it may get is accepted here.
-                    if self._selects(tap, name, repeated=True):
-                        captures.values[tap, name] = self._value(tensor, tap, name)
+                # Whether it is called again is not known yet, so any name it may get is accepted here.
+                for tap in self._selecting(name, repeated=True):
+                    captures.values[tap, name] = self._value(tensor, tap, name)
                 if captures.pending is not None:
                     captures.pending.discard(name)
             if captures.pending is not None and not captures.pending:
@@ -203,11 +208,16 @@ class FeatureExtractor:
 
     def _selected(self) -> Iterator[tuple[_Tap, LayerName]]:
         for tap, name in self._captures.values:
-            if self._selects(tap, name, self._repeated(name.path)):
+            if tap in self._selecting(name, self._repeated(name.path)):
                 yield tap, name
 
-    def _selects(self, tap: _Tap, name: LayerName, repeated: bool) -> bool:
-        return tap.pattern.selects(name, repeated, self._kinds.get(name.path, ""))
+    def _selecting(self, name: LayerName, repeated: bool) -> tuple[_Tap, ...]:
+        found = self._matches.get((name, repeated))
+        if found is None:
+            kind = self._kinds.get(name.path, "")
+            found = tuple(tap for tap in self._taps if tap.pattern.selects(name, repeated, kind))
+            self._matches[name, repeated] = found
+        return found
 
     def _named(self) -> dict[str, Tensor]:
         values = self._captures.values
@@ -229,11 +239,10 @@ class FeatureExtractor:
         for name, repeated in names:
             if repeated:
                 self._counts[name.path] = max(self._counts[name.path], name.call + 1)
-        self._expected = frozenset(
-            name for name, repeated in names if any(self._selects(tap, name, repeated) for tap in self._taps)
-        )
+        self._expected = frozenset(name for name, repeated in names if self._selecting(name, repeated))
+        known_taps = {tap for name, repeated in names for tap in self._selecting(name, repeated)}
         for tap in self._taps:
-            if not any(self._selects(tap, name, repeated) for name, repeated in names):
+            if tap not in known_taps:
                 kinds = module_kinds(dict(self._model.named_modules()))
                 layers = {name.text(repeated): kinds.get(name.path, "") for name, repeated in names}
                 raise LayerError(f"no layer matches {tap.pattern.text!r}{nearest(tap.pattern.text, layers)}")

@@ -16,6 +16,8 @@ from layercast.server.work import Tap
 MAX_PATTERNS = 256
 MAX_PATTERN_LENGTH = 256
 MAX_REDUCERS = 4
+OFF = "this model gives no layers (its setting features is false)"
+NOT_LISTED = "this model gives only the layers that its setting feature_layers lists"
 POOLED_ONLY = f"this model gives its layers pooled only, reduced by {', '.join(POOLING)}"
 PREFIX = "layer:"
 """An output of this prefix names a layer, not an output of the model."""

@@ -1,6 +1,7 @@
 """A model version that answers: its manifest, its runners, its batcher, its counts."""
 
 import asyncio
+import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from layercast.models.manifest import WEIGHTS_FILE, Manifest
 from layercast.server.batching.batcher import Batcher
 from layercast.server.batching.policy import Limits
+from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import InvalidArgument
 from layercast.server.monitor import ModelMonitor
 from layercast.server.runner import Runner
@@ -75,6 +77,10 @@ class ServedModel:
         self._holders = 0
         self._free = asyncio.Event()
         self._free.set()
+        engines = [runner.eager for runner in loaded.runners if runner.eager]
+        for engine in engines:
+            engine.on_stopped = monitor.stopped_early
+        monitor.watch_hooks(partial(_hooks, [weakref.ref(engine) for engine in engines]))
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)
@@ -132,6 +138,11 @@ class ServedModel:
             shape = inputs[spec.name].shape[1:]
             key.append((_bucket(shape[0]), *shape[1:]) if spec.pad is not None and not exact else shape)
         return tuple(key)
+
+
+def _hooks(engines: Sequence["weakref.ref[EagerEngine]"]) -> int:
+    """Return how many hooks there are; the metric that asks must not keep an old version in memory."""
+    return sum(engine.hooks for ref in engines if (engine := ref()))
 
 
 def _parts(inputs: Mapping[str, Array], rows: int, most: int) -> Sequence[tuple[Mapping[str, Array], int]]:

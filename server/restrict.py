@@ -8,13 +8,11 @@ from layercast.models.manifest import LayerSpec, Manifest
 from layercast.models.reducers import POOLING, ReducerError, pools, reduced_shape
 from layercast.server.engines.base import Inputs
 from layercast.server.engines.eager import EagerEngine
-from layercast.server.layers import POOLED_ONLY
+from layercast.server.layers import NOT_LISTED, OFF, POOLED_ONLY
 from layercast.server.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 
-OFF = "this model gives no layers (its setting features is false)"
-NOT_LISTED = "this model gives only the layers that its setting feature_layers lists"
 SILENT = "gave no value when the version was loaded: its parent computes without calling it here"
 
 

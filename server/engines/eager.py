@@ -1,8 +1,9 @@
 """Engine on the `nn.Module` itself: plain predictions, and any layer through forward hooks."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from layercast.models.artefact import to_numpy
 from layercast.models.explain import ExplainError, Explanation, explain
 from layercast.models.explain.inputs import Inputs as ExplainInputs
 from layercast.models.explain.subject import Progress
+from layercast.models.hook_points import hook_count
 from layercast.models.hooks import FeatureExtractor, LayerError, ReducerError
 from layercast.models.layer_index import names_given
 from layercast.models.manifest import Manifest
@@ -18,6 +20,8 @@ from layercast.server.engines.base import Inputs, Outputs
 from layercast.server.engines.tensors import to_outputs, to_tensors
 from layercast.server.errors import InvalidArgument
 from layercast.server.work import Array, Tap
+
+_EXTRACTORS_KEPT: Final = 64
 
 
 class EagerEngine:
@@ -32,12 +36,22 @@ class EagerEngine:
         self._device = device
         self._known = [layer.path for layer in manifest.layers if layer.available]
         self._clone = [layer.path for layer in manifest.layers if layer.clone]
+        self._order = {layer.path: layer.order for layer in manifest.layers if layer.available}
+        self._extractors: OrderedDict[tuple[tuple[str, ...], bool], FeatureExtractor] = OrderedDict()
         self._explained = _double(module)
+        self._own_hooks = self._hook_count()
+        self.on_stopped: Callable[[float], None] = lambda skipped: None
+        """Told, in the thread that runs, of a forward that stopped early: the share of layers that did not run."""
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of the parameters and buffers, shared ones counted once."""
         return sum(t.nbytes for t in (*self._module.parameters(), *self._module.buffers()))
+
+    @property
+    def hooks(self) -> int:
+        """Hooks on the module now, those that are its own left out; 0 while nothing runs."""
+        return self._hook_count() - self._own_hooks
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output for the batch."""
@@ -52,17 +66,34 @@ class EagerEngine:
         this returns, also after an error.
         """
         names = {tap: tap.layer if tap.reducer == "none" else f"{tap.layer}@{tap.reducer}" for tap in taps}
-        extractor = FeatureExtractor(
-            self._module, list(names.values()), known=self._known, clone=self._clone, predictions=predict
-        )
-        with torch.inference_mode(), extractor:
-            tensors = to_tensors(inputs, self._manifest.inputs, self._device)
-            try:
+        extractor = self._extractor(tuple(sorted(names.values())), predict)
+        try:
+            with torch.inference_mode(), extractor:
+                tensors = to_tensors(inputs, self._manifest.inputs, self._device)
                 result = extractor.run(**tensors, token_mask=self._token_mask(tensors))
-            except ReducerError as error:
-                raise InvalidArgument(str(error)) from error
-            outputs = to_outputs(result.output, self._manifest.outputs) if predict else {}
-            return outputs, {tap: to_numpy(result.features[name]) for tap, name in names.items()}
+                outputs = to_outputs(result.output, self._manifest.outputs) if predict else {}
+        except ReducerError as error:
+            raise InvalidArgument(str(error)) from error
+        finally:
+            extractor.release()
+        if result.stopped_early:
+            deepest = max(self._order[tap.layer] for tap in taps)
+            self.on_stopped(1 - (deepest + 1) / (max(self._order.values()) + 1))
+        return outputs, {tap: to_numpy(result.features[name]) for tap, name in names.items()}
+
+    def _extractor(self, names: tuple[str, ...], predict: bool) -> FeatureExtractor:
+        """Return an extractor for the taps `names`, kept for the next batch: making one takes up to milliseconds."""
+        found = self._extractors.pop((names, predict), None) or FeatureExtractor(
+            self._module, names, known=self._known, clone=self._clone, predictions=predict
+        )
+        self._extractors[names, predict] = found
+        if len(self._extractors) > _EXTRACTORS_KEPT:
+            self._extractors.popitem(last=False)
+        return found
+
+    def _hook_count(self) -> int:
+        doubled = hook_count(self._explained) if isinstance(self._explained, nn.Module) else 0
+        return hook_count(self._module) + doubled
 
     def given(self, inputs: Inputs) -> set[str]:
         """Return the names of the layers that give a value in one forward of `inputs`."""

@@ -141,9 +141,11 @@ class Answering:
         if rows == 0:
             return Answered(_named(manifest, wanted, [_empty(manifest, taps)]), 0, 0, 0)
         answers = await model.run(inputs, rows, taps, bool(wanted.outputs), terms)
-        model.monitor.tapped(len(taps))
+        tensors = _named(manifest, wanted, answers)
+        layers = {asked.name for asked in wanted.layers}
+        model.monitor.tapped(len(taps), sum(values.nbytes for name, _, values in tensors if name in layers))
         return Answered(
-            _named(manifest, wanted, answers),
+            tensors,
             max(answer.queue_ns for answer in answers),
             sum(answer.compute_ns for answer in answers),
             max(answer.batch_rows for answer in answers),
