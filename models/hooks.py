@@ -6,8 +6,8 @@
 Needs no server. One forward at a time per model: the hooks sit on the model's own modules.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -67,7 +67,7 @@ class _Tap:
 class _Captures:
     """What one forward has given so far."""
 
-    calls: Counter[str] = field(default_factory=Counter)
+    calls: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     values: dict[tuple[_Tap, LayerName], Tensor] = field(default_factory=dict)
     seen: dict[LayerName, None] = field(default_factory=dict)
     pending: set[LayerName] | None = None
@@ -106,6 +106,7 @@ class FeatureExtractor:
         self._matches: dict[tuple[LayerName, bool], tuple[_Tap, ...]] = {}
         self._counts: Counter[str] = Counter()
         self._expected: frozenset[LayerName] | None = None
+        self._indexed = known is not None
         if known is not None:
             self._learn_from_index(known)
         self._handles: list[RemovableHandle] = []
@@ -156,17 +157,17 @@ class FeatureExtractor:
         finally:
             self._token_mask = None
             self._captures.pending = None
-        features = self._named()
-        self._check_complete(features)
-        if not stopped:
+        selected = list(self._selected())
+        self._check_complete({tap for tap, _ in selected})
+        if not stopped and not self._indexed:
             self._counts = Counter(self._captures.calls)
-            self._expected = frozenset(name for _, name in self._selected())
-        return Extraction(features, output if self._predictions else None, stopped)
+            self._expected = frozenset(name for _, name in selected)
+        return Extraction(self._named(selected), output if self._predictions else None, stopped)
 
     @property
     def features(self) -> dict[str, Tensor]:
         """Features of the last forward, also of one that the caller ran through the model itself."""
-        return self._named()
+        return self._named(self._selected())
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         if self._captures.calls:  # the caller runs the model directly, again
@@ -176,7 +177,7 @@ class FeatureExtractor:
         def collect(module: nn.Module, inputs: Any, output: Any) -> None:
             captures = self._captures
             call = captures.calls[path]
-            captures.calls[path] += 1
+            captures.calls[path] = call + 1
             for part, tensor in flatten_output(output):
                 name = LayerName(path, call, part)
                 captures.seen[name] = None
@@ -204,7 +205,7 @@ class FeatureExtractor:
         return name.text(repeated=False) in self._clone or name.text(repeated=True) in self._clone
 
     def _repeated(self, path: str) -> bool:
-        return max(self._captures.calls[path], self._counts[path]) > 1
+        return self._captures.calls[path] > 1 or self._counts[path] > 1
 
     def _selected(self) -> Iterator[tuple[_Tap, LayerName]]:
         for tap, name in self._captures.values:
@@ -219,12 +220,11 @@ class FeatureExtractor:
             self._matches[name, repeated] = found
         return found
 
-    def _named(self) -> dict[str, Tensor]:
+    def _named(self, selected: Iterable[tuple[_Tap, LayerName]]) -> dict[str, Tensor]:
         values = self._captures.values
-        return {tap.key(name.text(self._repeated(name.path))): values[tap, name] for tap, name in self._selected()}
+        return {tap.key(name.text(self._repeated(name.path))): values[tap, name] for tap, name in selected}
 
-    def _check_complete(self, features: Mapping[str, Tensor]) -> None:
-        found = {tap for tap, _ in self._selected()}
+    def _check_complete(self, found: Collection[_Tap]) -> None:
         for tap in self._taps:
             if tap not in found:
                 seen = sorted(self._captures.seen, key=lambda name: (name.path, name.call, name.part))

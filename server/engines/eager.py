@@ -32,7 +32,7 @@ class EagerEngine:
     def __init__(self, module: nn.Module, manifest: Manifest, device: torch.device) -> None:
         self.device = device.type
         self._module = module
-        self._manifest = manifest
+        self.manifest = manifest
         self._device = device
         self._known = [layer.path for layer in manifest.layers if layer.available]
         self._clone = [layer.path for layer in manifest.layers if layer.clone]
@@ -56,8 +56,8 @@ class EagerEngine:
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output for the batch."""
         with torch.inference_mode():
-            result = self._module(**to_tensors(inputs, self._manifest.inputs, self._device))
-            return to_outputs(result, self._manifest.outputs)
+            result = self._module(**to_tensors(inputs, self.manifest.inputs, self._device))
+            return to_outputs(result, self.manifest.outputs)
 
     def tapped(self, inputs: Inputs, taps: Sequence[Tap], predict: bool) -> tuple[Outputs, dict[Tap, Array]]:
         """Return the outputs (none unless `predict`) and the taps' values from one forward with hooks.
@@ -69,9 +69,9 @@ class EagerEngine:
         extractor = self._extractor(tuple(sorted(names.values())), predict)
         try:
             with torch.inference_mode(), extractor:
-                tensors = to_tensors(inputs, self._manifest.inputs, self._device)
+                tensors = to_tensors(inputs, self.manifest.inputs, self._device)
                 result = extractor.run(**tensors, token_mask=self._token_mask(tensors))
-                outputs = to_outputs(result.output, self._manifest.outputs) if predict else {}
+                outputs = to_outputs(result.output, self.manifest.outputs) if predict else {}
         except ReducerError as error:
             raise InvalidArgument(str(error)) from error
         finally:
@@ -97,7 +97,7 @@ class EagerEngine:
 
     def given(self, inputs: Inputs) -> set[str]:
         """Return the names of the layers that give a value in one forward of `inputs`."""
-        return names_given(self._module, to_tensors(inputs, self._manifest.inputs, self._device))
+        return names_given(self._module, to_tensors(inputs, self.manifest.inputs, self._device))
 
     def explain(
         self, inputs: Inputs, method: str, targets: int | Sequence[int] | None, progress: Progress, **arguments: Any
@@ -108,7 +108,7 @@ class EagerEngine:
         """
         if isinstance(self._explained, Exception):
             raise InvalidArgument(f"this model can't be explained, since its module can't be copied: {self._explained}")
-        tensors = to_tensors(inputs, self._manifest.inputs, self._device)
+        tensors = to_tensors(inputs, self.manifest.inputs, self._device)
         try:
             of = ExplainInputs(tensors, arguments.get("of")).of
             mask = self._token_mask({of: tensors[of]})
@@ -118,7 +118,7 @@ class EagerEngine:
 
     def _token_mask(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Return which tokens count, [N, T], for a model with a padded input: reducers leave the others out."""
-        padded = {spec.name: spec.pad for spec in self._manifest.inputs if spec.pad is not None}
+        padded = {spec.name: spec.pad for spec in self.manifest.inputs if spec.pad is not None}
         return next((tensor != padded[name] for name, tensor in tensors.items() if name in padded), None)
 
 
