@@ -10,9 +10,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from layercast.models import registry
 from layercast.models.examples import Examples
@@ -35,7 +37,7 @@ CARDS = {
     "mnist": ("MNISTClassifier", {}, {"name": "image", "datatype": "FP32", "shape": [-1, 1, 28, 28]}),
 }
 TAPS = {"resnet": "layer2", "transformer": "blocks.1", "mnist": "net.2"}
-EARLY = {"resnet": "layer1", "transformer": "blocks.0", "mnist": "net.0"}
+EARLY = {"resnet": ("layer1.0", "layer1"), "transformer": ("blocks.0",), "mnist": ("net.0",)}
 OUTPUTS = {"resnet": 10, "transformer": 2, "mnist": 10}
 
 
@@ -71,31 +73,39 @@ def measure(name: str, runner: Runner, seconds: float) -> None:
         raise TypeError("this is a bug: no eager engine")
     examples = Examples(eager.manifest.inputs)
     inputs: Inputs = {n: t.numpy() for n, t in examples.make(ROWS, examples.lengths()[-1]).items()}
-    pooled, early = [Tap(TAPS[name], "mean")], [Tap(EARLY[name], "mean")]
+    pooled = [Tap(TAPS[name], "mean")]
     every = [Tap(layer.path, "mean") for layer in eager.manifest.layers if layer.available]
     work = Work(inputs, ROWS, None, None)  # type: ignore[arg-type]  # nobody waits for it
+    exits = {layer: partial(eager.tapped, inputs, [Tap(layer, "mean")], predict=False) for layer in EARLY[name]}
+    plain = partial(eager.run, inputs)
     found = medians(
         {
-            "eager": lambda: eager.run(inputs),
-            "one pooled tap": lambda: eager.tapped(inputs, pooled, predict=True),
-            "every layer pooled": lambda: eager.tapped(inputs, every, predict=True),
-            "early exit": lambda: eager.tapped(inputs, early, predict=False),
-            "fast engine": lambda: runner.fast.run(inputs),
-            "plain batch": lambda: runner([work]),
+            "eager": plain,
+            "one pooled tap": partial(eager.tapped, inputs, pooled, predict=True),
+            "every layer pooled": partial(eager.tapped, inputs, every, predict=True),
+            "fast engine": partial(runner.fast.run, inputs),
+            "plain batch": partial(runner, [work]),
+            **exits,
         },
         seconds,
     )
-    values = {tap.reducer: eager.tapped(inputs, [tap], False)[1][tap] for tap in (Tap(TAPS[name]), *pooled)}
-    size = {reducer: array.nbytes for reducer, array in values.items()}
-    plain = found["eager"]
-    print(f"{name}, {ROWS} rows, {plain * 1000:.2f} ms of CPU for a plain eager forward")
-    print(f"  {TAPS[name]}@mean beside the prediction      {found['one pooled tap'] / plain:.3f} of it")
-    print(f"  all {len(every)} layers @mean beside the prediction  {found['every layer pooled'] / plain:.3f} of it")
-    print(f"  {EARLY[name]}@mean alone, early exit         {found['early exit'] / plain:.3f} of it")
-    print(
-        f"  a batch without taps, of the fast engine     {found['plain batch'] / found['fast engine']:.3f} of its run"
-    )
-    print(f"  bytes sent for {TAPS[name]}: {size['none']:,} whole, {size['mean']:,} as @mean")
+    sizes = [eager.tapped(inputs, [tap], False)[1][tap].nbytes for tap in (Tap(TAPS[name]), *pooled)]
+    whole = found["eager"]
+    print(f"{name}, {ROWS} rows: a plain eager forward takes {whole * 1000:.2f} ms of CPU")
+    print(f"  {found['one pooled tap'] / whole:.3f} of it with {TAPS[name]}@mean beside the prediction")
+    print(f"  {found['every layer pooled'] / whole:.3f} of it with all {len(every)} layers @mean beside the prediction")
+    for layer, run in exits.items():
+        share = operations(run) / operations(plain)
+        print(f"  {found[layer] / whole:.3f} of it for {layer}@mean alone, {share:.3f} of the multiplications")
+    print(f"  {found['plain batch'] / found['fast engine']:.3f} of the fast engine's run for a batch without taps")
+    print(f"  {sizes[0]:,} bytes for {TAPS[name]} whole, {sizes[1]:,} as @mean")
+
+
+def operations(run: Callable[[], object]) -> int:
+    """Return how many floating-point operations torch counts in matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def main() -> None:
