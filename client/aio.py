@@ -3,7 +3,7 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, Unpack, overload
 
 import grpc
 import grpc.aio
@@ -16,11 +16,12 @@ from layercast.client.connection import (
     Deadline,
 )
 from layercast.client.errors import LayercastError, from_status
+from layercast.client.explaining import Targets
 from layercast.client.joining import Joining
 from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
 from layercast.client.translation import Inputs
-from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata
+from layercast.client.types import ExplainOptions, Explanation, LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray
 
 
@@ -131,16 +132,18 @@ class AsyncClient:
         deadline = self._connection.deadline(timeout)
         steps = self._operations.stream_features(model, inputs, layers, reduce, outputs, version, chunk_bytes, id)
         call = await self._run(steps, timeout)
+        method, responses = call.method, None
         joining = Joining(model)
-        responses: Any = None
         try:
             self._check(call)
-            responses = self._opened().unary_stream(
-                call.method.path, call.method.request.SerializeToString, call.method.response.FromString
-            )(call.request, timeout=deadline.left, metadata=tuple(self._connection.headers.items()))
+            opened = self._opened().unary_stream(
+                method.path, method.request.SerializeToString, method.response.FromString
+            )
+            headers = tuple(self._connection.headers.items())
+            responses = opened(call.request, timeout=deadline.left, metadata=headers)
             async for response in responses:
-                if (joined := joining.add(response)) is not None:
-                    yield joined
+                if (arrays := joining.add(response)) is not None:
+                    yield arrays
             joining.end()
         except grpc.aio.AioRpcError as error:
             self._operations.forget(model, version)
@@ -148,6 +151,25 @@ class AsyncClient:
         finally:
             if responses is not None:
                 responses.cancel()
+
+    async def explain(
+        self,
+        model: str,
+        inputs: Inputs,
+        method: str = "integrated-gradients",
+        targets: Targets = None,
+        *,
+        output: str | None = None,
+        input: str | None = None,
+        version: str = "",
+        timeout: float | None = None,
+        id: str = "",
+        **options: Unpack[ExplainOptions],
+    ) -> Explanation:
+        """See `Client.explain`."""
+        named = output, input
+        steps = self._operations.explain(model, inputs, method, targets, named, version, id, options)
+        return await self._run(steps, timeout)
 
     async def layers(
         self, model: str, pattern: str = "*", *, version: str = "", timeout: float | None = None

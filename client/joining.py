@@ -1,9 +1,20 @@
 """Joins the messages of a stream of layers to arrays, and notices when something is missing."""
 
+from collections.abc import Iterable, Iterator
+
 from layercast.client.errors import InternalError
 from layercast.client.translation import decoding
 from layercast.proto.codec import AnyArray, decode_named
 from layercast.proto.messages import ExtractStreamResponse, NamedTensor, TensorPart
+
+
+def joined(model: str, responses: Iterable[ExtractStreamResponse]) -> Iterator[dict[str, AnyArray]]:
+    """Yield the arrays of some rows after the other; InternalError when something is missing."""
+    joining = Joining(model)
+    for response in responses:
+        if (arrays := joining.add(response)) is not None:
+            yield arrays
+    joining.end()
 
 
 class Joining:
