@@ -132,10 +132,12 @@ class AsyncClient:
         deadline = self._connection.deadline(timeout)
         steps = self._operations.stream_features(model, inputs, layers, reduce, outputs, version, chunk_bytes, id)
         call = await self._run(steps, timeout)
-        method, responses = call.method, None
+        method = call.method
+        responses: Any = None
         joining = Joining(model)
+        if refusal := self._refusal(call):
+            raise refusal
         try:
-            self._check(call)
             opened = self._opened().unary_stream(
                 method.path, method.request.SerializeToString, method.response.FromString
             )
@@ -231,19 +233,13 @@ class AsyncClient:
             result: Result = done.value
             return result
 
-    def _check(self, call: Call) -> None:
-        """Raise LayercastError for a call that can't be sent."""
-        if self._closed:
-            raise LayercastError("this client is closed")
-        oversize = self._connection.oversize(call.request)
-        if oversize is not None:
-            raise oversize
+    def _refusal(self, call: Call) -> LayercastError | None:
+        """The error for a call that can't be sent, or None."""
+        return LayercastError("this client is closed") if self._closed else self._connection.oversize(call.request)
 
     async def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
-        try:
-            self._check(call)
-        except LayercastError as error:
-            return error
+        if refusal := self._refusal(call):
+            return refusal
         method = call.method
         send = self._opened().unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
         headers = tuple(self._connection.headers.items())

@@ -1,6 +1,6 @@
 """The synchronous client."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack, overload
 
@@ -162,7 +162,7 @@ class Client:
         chunk_bytes: int = 0,
         timeout: float | None = None,
         id: str = "",
-    ) -> Iterator[dict[str, AnyArray]]:
+    ) -> Generator[dict[str, AnyArray], None, None]:
         """`features` for many rows or large layers: a dict for some rows at a time, in order, as they are computed.
 
         Joined along dimension 0 they are what `features` gives. Each is of about `chunk_bytes` (0: 2 MiB), or of one
@@ -173,8 +173,9 @@ class Client:
         steps = self._operations.stream_features(model, inputs, layers, reduce, outputs, version, chunk_bytes, id)
         call = self._run(steps, timeout)
         method, responses = call.method, None
+        if refusal := self._refusal(call):
+            raise refusal
         try:
-            self._check(call)
             opened = self._channel.unary_stream(
                 method.path, method.request.SerializeToString, method.response.FromString
             )
@@ -281,19 +282,13 @@ class Client:
             result: Result = done.value
             return result
 
-    def _check(self, call: Call) -> None:
-        """Raise LayercastError for a call that can't be sent."""
-        if self._closed:
-            raise LayercastError("this client is closed")
-        oversize = self._connection.oversize(call.request)
-        if oversize is not None:
-            raise oversize
+    def _refusal(self, call: Call) -> LayercastError | None:
+        """The error for a call that can't be sent, or None."""
+        return LayercastError("this client is closed") if self._closed else self._connection.oversize(call.request)
 
     def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
-        try:
-            self._check(call)
-        except LayercastError as error:
-            return error
+        if refusal := self._refusal(call):
+            return refusal
         headers = tuple(self._connection.headers.items())
         try:
             return self._calls[call.method.path](call.request, timeout=deadline.left, metadata=headers)

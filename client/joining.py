@@ -1,6 +1,7 @@
 """Joins the messages of a stream of layers to arrays, and notices when something is missing."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from layercast.client.errors import InternalError
 from layercast.client.translation import decoding
@@ -8,7 +9,7 @@ from layercast.proto.codec import AnyArray, decode_named
 from layercast.proto.messages import ExtractStreamResponse, NamedTensor, TensorPart
 
 
-def joined(model: str, responses: Iterable[ExtractStreamResponse]) -> Iterator[dict[str, AnyArray]]:
+def joined(model: str, responses: Iterable[Any]) -> Iterator[dict[str, AnyArray]]:
     """Yield the arrays of some rows after the other; InternalError when something is missing."""
     joining = Joining(model)
     for response in responses:

@@ -379,4 +379,7 @@ def test_both_clients_have_the_same_methods() -> None:
 
     for name, method in inspect.getmembers(lc.Client, inspect.isfunction):
         if not name.startswith("_"):
-            assert inspect.signature(method) == inspect.signature(getattr(lc.AsyncClient, name)), name
+            ours, theirs = inspect.signature(method), inspect.signature(getattr(lc.AsyncClient, name))
+            assert ours.parameters == theirs.parameters, name
+            if name != "stream_features":  # a generator of the one kind and of the other
+                assert ours == theirs, name
