@@ -57,7 +57,7 @@ class FeatureStreamService:
             async with aclosing(self._parts(model, asked, call)) as parts:
                 async for answered in parts:
                     messages = _messages(answered, chunk_bytes, len(asked.wanted.layers))
-                    while message := await off_loop(chunk_bytes, next, messages, None):
+                    while (message := await off_loop(chunk_bytes, next, messages, None)) is not None:
                         _complete(message, request, model, asked.rows, first_row)
                         message.warning, warning = warning, ""
                         yield message
