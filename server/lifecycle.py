@@ -28,6 +28,7 @@ from layercast.server.service.feature_stream import FeatureStreamService
 from layercast.server.service.features import FeatureService
 from layercast.server.service.inference import InferenceService
 from layercast.server.service.metadata import MetadataService
+from layercast.server.service.steering import SteeringService
 from layercast.server.service.streaming import StreamService
 from layercast.server.settings import Settings
 from layercast.server.transport.grpcio import GrpcFrontEnd
@@ -69,6 +70,7 @@ class Server:
                 FeatureService(self.repository, answering),
                 FeatureStreamService(answering),
                 ExplainService(answering),
+                SteeringService(answering),
             ),
         }
         self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection, security)

@@ -86,6 +86,9 @@ class Metrics:
 
     def _features(self) -> None:
         self.taps = self._counter("layercast_feature_taps_total", "Layers read by forward hooks", _MODEL)
+        self.steered = self._counter(
+            "layercast_steered_requests_total", "Requests answered with values inside the model changed", _MODEL
+        )
         self.feature_bytes = self._counter(
             "layercast_feature_bytes_total", "Bytes of layers' values in answers, after reducers", _MODEL
         )

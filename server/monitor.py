@@ -74,6 +74,7 @@ class ModelMonitor:
         self._evaluations = {method: metrics.explain_evaluations.labels(*own, method) for method in METHODS}
         self._explain_duration = {method: metrics.explain_duration.labels(*own, method) for method in METHODS}
         self._explain_steps = {method: metrics.explain_steps.labels(*own, method) for method in METHODS}
+        self._steered = metrics.steered.labels(*own)
         self._queue_rows = metrics.queue_rows.labels(*own)
         self._queue_bytes = metrics.queue_bytes.labels(*own)
         self._queue_duration = metrics.queue_duration.labels(*own)
@@ -151,6 +152,10 @@ class ModelMonitor:
         """An explanation was made, with so many evaluations for each of its rows."""
         self._explain_steps[method].observe(steps)
         self._explain_duration[method].observe(compute_ns / 1e9)
+
+    def steered(self) -> None:
+        """A request was answered with layers changed as it said."""
+        self._steered.inc()
 
     def succeeded(self, kind: Kind, spent: Spent) -> None:
         """A request was answered."""

@@ -151,6 +151,9 @@ def rows_of(name: str, rows: int, seed: int = 0) -> np.ndarray:
 def assert_equal(got: dict[str, np.ndarray], x: np.ndarray, module: nn.Module) -> None:
     wanted = by_hand(module, x)
     for path, values in got.items():
+        if path.endswith("[weights]"):  # what torch's attention computes and does not return
+            np.testing.assert_allclose(values.sum(-1), 1, atol=1e-5, err_msg=path)
+            continue
         np.testing.assert_allclose(values, wanted[path].value.numpy(), atol=1e-6, rtol=1e-5, err_msg=path)
 
 
@@ -247,7 +250,8 @@ def test_a_module_that_no_hook_can_see_is_refused_with_the_reason(odd, name, lay
 def test_torchs_fused_path_stays_on_for_plain_forwards(odd):
     with Client(odd.server.url) as client:
         attended = client.features("Fused", rows_of("Fused", 2), "post.layers.*.self_attn")
-        assert list(attended) == ["post.layers.0.self_attn[0]", "post.layers.1.self_attn[0]"]
+        parts = ("[0]", "[weights]")
+        assert list(attended) == [f"post.layers.{at}.self_attn{part}" for at in (0, 1) for part in parts]
     assert torch.backends.mha.get_fastpath_enabled()
 
 

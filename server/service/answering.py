@@ -10,6 +10,7 @@ from typing import Final, ParamSpec, TypeVar
 
 import numpy as np
 
+from layercast.models.edits import Planned
 from layercast.models.manifest import LayerSpec, Manifest, TensorSpec
 from layercast.models.reducers import reduced_shape
 from layercast.proto.codec import CodecError, Tensor
@@ -123,24 +124,31 @@ class Answering:
         wanted: Wanted,
         call: Call,
         parameters: Mapping[str, InferParameter] = NO_PARAMETERS,
+        edits: tuple[Planned, ...] = (),
     ) -> Answered:
         """Run the rows and return what was asked for, after checking that it fits into a message.
 
-        `parameters` are the request's: `priority` and `timeout` say how its rows wait.
+        `parameters` are the request's: `priority` and `timeout` say how its rows wait. `edits` change layers for them.
         """
         permit(model, inputs, rows, wanted)
         manifest = model.manifest
         check_size(manifest, wanted.taps, rows, token_length(manifest, inputs), self.max_bytes, wanted.outputs)
-        return await self.run_permitted(model, inputs, rows, wanted, terms_of(call, parameters))
+        return await self.run_permitted(model, inputs, rows, wanted, terms_of(call, parameters), edits)
 
     async def run_permitted(
-        self, model: ServedModel, inputs: Mapping[str, Array], rows: int, wanted: Wanted, terms: Terms
+        self,
+        model: ServedModel,
+        inputs: Mapping[str, Array],
+        rows: int,
+        wanted: Wanted,
+        terms: Terms,
+        edits: tuple[Planned, ...] = (),
     ) -> Answered:
         """Run rows of a request that was permitted and whose answer was found to be not too large."""
         manifest, taps = model.manifest, wanted.taps
         if rows == 0:
             return Answered(_named(manifest, wanted, [_empty(manifest, taps)]), 0, 0, 0)
-        answers = await model.run(inputs, rows, taps, bool(wanted.outputs), terms)
+        answers = await model.run(inputs, rows, taps, bool(wanted.outputs), terms, edits)
         tensors = _named(manifest, wanted, answers)
         layers = {asked.name for asked in wanted.layers}
         model.monitor.tapped(len(taps), sum(values.nbytes for name, _, values in tensors if name in layers))

@@ -35,6 +35,7 @@ RPC_SCOPES: Final[dict[str, tuple[str, ...]]] = {
     "CudaSharedMemoryRegister": (ADMIN,), "CudaSharedMemoryUnregister": (ADMIN,),
     "TraceSetting": (ADMIN,), "LogSettings": (ADMIN,),
     "ListLayers": (METADATA,), "Extract": (FEATURES,), "ExtractStream": (FEATURES,), "Explain": (FEATURES,),
+    "Steer": (FEATURES,),
 }  # fmt: skip
 """Any one of the scopes is enough. An RPC that is not here takes `admin`."""
 
