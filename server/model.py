@@ -28,7 +28,8 @@ class Loaded:
     """A version that was loaded, checked and warmed up.
 
     `runners` are its instances, which share nothing; each computes with `threads` threads. `warmup_ms` is one warm
-    forward of one row, `note` what an operator should know of a version that answers.
+    forward of one row, `note` what an operator should know of a version that answers, `engines` which engine runs which
+    batch of plain predictions.
     """
 
     manifest: Manifest
@@ -38,6 +39,7 @@ class Loaded:
     load_seconds: float
     warmup_ms: float
     note: str = ""
+    engines: str = ""
 
     @property
     def runner(self) -> Runner:

@@ -1,15 +1,20 @@
 """One forward for several requests: join their rows, run the right engine, give each its own rows back."""
 
+import math
 from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
 
-from layercast.models.manifest import Manifest
+from layercast.models.manifest import Manifest, TensorSpec
 from layercast.models.steering import Placed
 from layercast.server.engines.base import Engine, Inputs
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import ModelFailed
 from layercast.server.work import Array, Rows, Tap, Work
+
+_LARGE: Final = 1 << 22
+"""Bytes of one input's batch from which on its memory is used again."""
 
 
 class Runner:
@@ -21,7 +26,7 @@ class Runner:
     """
 
     def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine | None) -> None:
-        self._manifest = manifest
+        self._buffers = {spec.name: _Buffer(spec) for spec in manifest.inputs}
         self.fast = fast
         self.eager = eager
 
@@ -40,15 +45,19 @@ class Runner:
             outputs, features = self.fast.run(inputs), {}
         for name, array in (*outputs.items(), *((tap.layer, array) for tap, array in features.items())):
             _check_rows(name, array, rows)
+        if inputs is not works[0].inputs:
+            outputs = {name: self._own(array) for name, array in outputs.items()}
+            features = {tap: self._own(array) for tap, array in features.items()}
         return _split(works, outputs, features)
 
     def _join(self, works: Sequence[Work]) -> Inputs:
         if len(works) == 1:
             return works[0].inputs
-        return {
-            spec.name: _concatenate([work.inputs[spec.name] for work in works], spec.pad)
-            for spec in self._manifest.inputs
-        }
+        return {name: buffer.join([work.inputs[name] for work in works]) for name, buffer in self._buffers.items()}
+
+    def _own(self, array: Array) -> Array:
+        """Return what the model gave, copied where it is (a part of) a buffer: no answer may see the next batch."""
+        return array.copy() if any(buffer.holds(array) for buffer in self._buffers.values()) else array
 
 
 def _placed(works: Sequence[Work]) -> list[Placed]:
@@ -70,11 +79,45 @@ def _split(works: Sequence[Work], outputs: dict[str, Array], features: dict[Tap,
     return answers
 
 
-def _concatenate(arrays: list[Array], pad: int | None) -> Array:
-    if pad is not None and len({array.shape[1] for array in arrays}) > 1:
+class _Buffer:
+    """Joins the rows of one input; large batches lie in the same memory, one after the other.
+
+    Memory that large goes back to the system when it is freed, and asking for it again costs more than the copy. For
+    what is smaller the C library does as well: there fresh memory is as fast, and shared by nobody.
+    """
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self._pad = spec.pad
+        self._memory: Array | None = None
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        """Return the rows of `arrays` one after the other; where lengths differ, padded to the longest."""
+        if arrays[0].dtype.hasobject:
+            return np.concatenate(arrays)
+        rows, tail = sum(map(len, arrays)), arrays[0].shape[1:]
+        if self._pad is None or all(array.shape[1:] == tail for array in arrays):
+            return np.concatenate(arrays, out=self._place((rows, *tail), arrays[0].dtype))
         longest = max(array.shape[1] for array in arrays)
-        arrays = [np.pad(a, ((0, 0), (0, longest - a.shape[1])), constant_values=pad) for a in arrays]
-    return np.concatenate(arrays)
+        joined = self._place((rows, longest, *tail[1:]), arrays[0].dtype)
+        start = 0
+        for array in arrays:
+            own = joined[start : start + len(array)]
+            own[:, : array.shape[1]] = array
+            own[:, array.shape[1] :] = self._pad
+            start += len(array)
+        return joined
+
+    def holds(self, array: Array) -> bool:
+        """Tell whether `array` may lie in the memory of the next batch."""
+        return self._memory is not None and np.may_share_memory(array, self._memory)
+
+    def _place(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        size = math.prod(shape) * dtype.itemsize
+        if size < _LARGE:
+            return np.empty(shape, dtype)
+        if self._memory is None or size > self._memory.nbytes:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size].view(dtype).reshape(shape)
 
 
 def _check_rows(name: str, array: Array, rows: int) -> None:

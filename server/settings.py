@@ -93,7 +93,11 @@ class ModelSettings(BaseModel):
         default=1, ge=1, le=64, description="copies that run at the same time, each with its part of the processors"
     )
     engine: EngineName = Field(
-        default="auto", description="what runs plain predictions; auto takes the fastest measured, but never onnx-int8"
+        default="auto",
+        description="what runs plain predictions; auto takes the fastest measured for each size of batch",
+    )
+    allow_int8: bool = Field(
+        default=False, description="let auto take onnx-int8 too, which is faster for some models and less accurate"
     )
     device: DeviceName = Field(default="auto", description="where models run; auto takes a GPU if there is one")
     steering: bool = Field(default=False, description="let callers change layers for their own rows (Steer)")

@@ -1,6 +1,7 @@
 """A real server on loopback ports for tests: in this process, on a thread's own event loop, or as a process."""
 
 import asyncio
+import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from layercast.server.lifecycle import Server
 from layercast.server.settings import read
 
 T = TypeVar("T")
+
+_CACHE = tempfile.TemporaryDirectory(prefix="layercast-cache-")
+"""What servers remember lies here, and not in the cache of who runs the tests; removed when the process ends."""
 
 
 class Running:
@@ -66,6 +70,7 @@ def running(repository: Path, **settings: Any) -> Iterator[Running]:
         "http_port": 0,
         "metrics_port": 0,
         "drain_seconds": 5.0,
+        "cache": Path(_CACHE.name),
         **settings,
     }
     loop = asyncio.new_event_loop()
