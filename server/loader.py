@@ -15,8 +15,9 @@ import torch
 from layercast.models.artefact import NO_TRUST, Golden, assert_eval, golden, load_module, refusal
 from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import Manifest
+from layercast.server import tapping
 from layercast.server.engines import programs
-from layercast.server.engines.base import Engine, EngineError, Inputs
+from layercast.server.engines.base import Engine, EngineError, Inputs, Tapping
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.onnx import OnnxEngine
 from layercast.server.model import Loaded
@@ -71,11 +72,11 @@ class _Source:
 def load(directory: Path, settings: ModelSettings, threads: int, trust: Trust = NO_TRUST) -> Loaded:
     """Load the artefact in `directory`, ready to answer. Blocks for seconds: call it in a thread.
 
-    A module whose code is not layercast's own and not in `trust` is not built: its exported programs answer, and all
-    its layers are marked unavailable with the reason. `threads` are what this process may use; the model's instances
-    share them evenly, at least one each. Raises LoadError for a file that differs from the manifest, code that does
-    not give a module, one in training mode, outputs that differ from the golden ones, or an engine or device that is
-    not to be had.
+    A module whose code is not layercast's own and not in `trust` is not built: its exported programs answer, and its
+    layers without a value in the ONNX program are marked unavailable with the reason. `threads` are what this process
+    may use; the model's instances share them evenly, at least one each. Raises LoadError for a file that differs from
+    the manifest, code that does not give a module, one in training mode, outputs that differ from the golden ones, or
+    an engine or device that is not to be had.
     """
     start = time.perf_counter()
     own = max(1, threads // settings.instances)
@@ -91,18 +92,21 @@ def load(directory: Path, settings: ModelSettings, threads: int, trust: Trust = 
     for engine in engines.values():
         _check_golden(engine, recorded, manifest)
     fast = _fastest(manifest, engines, recorded) if settings.engine == "auto" else settings.engine
+    program = tapping.program(directory, manifest, device, own, settings.engine)
+    taps, note = tapping.chosen(engines.get("eager"), program, recorded), ""
     if source.untrusted:
-        logger.warning("%s: layers are not available: %s", manifest.name, source.untrusted)
-        manifest = _without_layers(manifest, source.untrusted)
-    runners = [_runner(manifest, engines, fast)]
+        manifest, note = tapping.without_module(manifest, taps, source.untrusted)
+        logger.warning("%s: %s", manifest.name, note)
+    runners = [_runner(manifest, engines, fast, taps)]
     for _ in range(1, settings.instances):
         with _told(directory):
-            runners.append(_runner(manifest, _engines(source, fast), fast))
+            others = _engines(source, fast)
+        taps = tapping.chosen(others.get("eager"), program, recorded)
+        runners.append(_runner(manifest, others, fast, taps))
         _check_golden(runners[-1].fast, recorded, manifest)
     for runner in runners:
         _time(runner.fast, _rows(recorded.inputs, settings.max_batch), runs=1)
     warmup_ms = _time(runners[0].fast, _rows(recorded.inputs, 1))
-    note = f"layers are not available: {source.untrusted}" if source.untrusted else ""
     return Loaded(manifest, settings, tuple(runners), own, time.perf_counter() - start, warmup_ms, note)
 
 
@@ -122,11 +126,11 @@ def _fastest(manifest: Manifest, engines: dict[EngineName, Engine], recorded: Go
     return min(timed, key=lambda name: timed[name])
 
 
-def _runner(manifest: Manifest, engines: dict[EngineName, Engine], fast: EngineName) -> Runner:
+def _runner(manifest: Manifest, engines: dict[EngineName, Engine], fast: EngineName, taps: Tapping | None) -> Runner:
     eager = engines.get("eager")
     if eager is not None and not isinstance(eager, EagerEngine):
         raise TypeError("this is a bug: the eager engine is of another class")
-    return Runner(manifest, engines[fast], eager)
+    return Runner(manifest, engines[fast], eager, taps)
 
 
 def choose_device(name: str) -> torch.device:
@@ -166,15 +170,6 @@ def _engines(source: _Source, asked: EngineName) -> dict[EngineName, Engine]:
         also = f", or set engine to {others}, whose program can run code" if others else ""
         raise EngineError(f"no program of it can run without its module, and {untrusted}{also}")
     return engines
-
-
-def _without_layers(manifest: Manifest, reason: str) -> Manifest:
-    """Return `manifest` with every layer marked unavailable for `reason`, unless it has a reason of its own."""
-    layers = tuple(
-        layer.model_copy(update={"available": False, "reason": reason}) if layer.available else layer
-        for layer in manifest.layers
-    )
-    return Manifest.model_validate(manifest.model_dump() | {"layers": layers})
 
 
 def _check_golden(engine: Engine, recorded: Golden, manifest: Manifest) -> None:

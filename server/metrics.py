@@ -68,7 +68,12 @@ class Metrics:
             (*_MODEL, "kind"),
         )
         self.cancelled = self._counter("layercast_cancelled_total", "Requests whose caller left", (*_MODEL, "when"))
-        self.taps = self._counter("layercast_feature_taps_total", "Layers read by forward hooks", _MODEL)
+        self.taps = self._counter("layercast_feature_taps_total", "Layers read, once a request and layer", _MODEL)
+        self.feature_batches = self._counter(
+            "layercast_feature_batches_total",
+            "Batches in which a row taps a layer, by what read it",
+            (*_MODEL, "engine"),
+        )
         self.request_duration = self._histogram(
             "layercast_request_duration_seconds", "From the decoded request to the ready answer", (*_MODEL, "kind")
         )

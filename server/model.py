@@ -75,6 +75,8 @@ class ServedModel:
         self._holders = 0
         self._free = asyncio.Event()
         self._free.set()
+        for runner in loaded.runners:
+            runner.on_tapped = monitor.read_by
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)

@@ -66,6 +66,7 @@ class ModelMonitor:
         own = (model, version)
         self._rows = metrics.rows.labels(*own)
         self._taps = metrics.taps.labels(*own)
+        self._feature_batches = {engine: metrics.feature_batches.labels(*own, engine) for engine in ("eager", "onnx")}
         self._queue_rows = metrics.queue_rows.labels(*own)
         self._queue_bytes = metrics.queue_bytes.labels(*own)
         self._queue_duration = metrics.queue_duration.labels(*own)
@@ -120,6 +121,10 @@ class ModelMonitor:
     def cancelled(self, when: Phase) -> None:
         """A caller went away."""
         self._cancelled[when].inc()
+
+    def read_by(self, engine: str) -> None:
+        """The layers that a batch taps were read by `engine`. May be called from any thread."""
+        self._feature_batches[engine].inc()
 
     def tapped(self, layers: int) -> None:
         """A request was given the values of so many layers."""

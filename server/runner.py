@@ -1,11 +1,11 @@
 """One forward for several requests: join their rows, run the right engine, give each its own rows back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from layercast.models.manifest import Manifest
-from layercast.server.engines.base import Engine, Inputs
+from layercast.server.engines.base import Engine, Inputs, Tapping
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import ModelFailed
 from layercast.server.work import Array, Rows, Tap, Work
@@ -14,15 +14,17 @@ from layercast.server.work import Array, Rows, Tap, Work
 class Runner:
     """One instance of a model: runs works that share a key, in one thread.
 
-    `fast` serves plain predictions; `eager` any batch in which a row taps a layer.
+    `fast` serves plain predictions, `taps` any batch in which a row taps a layer, `eager` explanations.
 
-    Without `eager`, no layer of the manifest may be available.
+    Without `taps`, no layer of the manifest may be available. `on_tapped` is told what read the layers of a batch.
     """
 
-    def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine | None) -> None:
+    def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine | None, taps: Tapping | None) -> None:
         self._manifest = manifest
         self.fast = fast
         self.eager = eager
+        self.taps = taps
+        self.on_tapped: Callable[[str], None] = lambda engine: None
 
     def __call__(self, works: Sequence[Work]) -> list[Rows]:
         """Return each work's rows, in order. Raises ModelFailed when the model gives another number of rows."""
@@ -30,9 +32,10 @@ class Runner:
         rows = sum(work.rows for work in works)
         taps = list(dict.fromkeys(tap for work in works for tap in work.taps))
         if taps:
-            if self.eager is None:
-                raise ModelFailed("a layer was asked of a model without its module. This is a bug.")
-            outputs, features = self.eager.tapped(inputs, taps, predict=any(work.predict for work in works))
+            if self.taps is None:
+                raise ModelFailed("a layer was asked of a model that can show none. This is a bug.")
+            outputs, features = self.taps.tapped(inputs, taps, predict=any(work.predict for work in works))
+            self.on_tapped(self.taps.name)
         else:
             outputs, features = self.fast.run(inputs), {}
         for name, array in (*outputs.items(), *((tap.layer, array) for tap, array in features.items())):

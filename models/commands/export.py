@@ -104,7 +104,8 @@ def _export(folder: Path, target: Path, args: argparse.Namespace) -> None:
     # Here, not above: --help and a refusal need no torch.
     from layercast.models.artefact import module_from_card
     from layercast.models.card import CARD_FILE, Card
-    from layercast.models.export.writer import export_artefact, refuse_existing
+    from layercast.models.export.staging import refuse_existing
+    from layercast.models.export.writer import export_artefact
 
     _one_thread()
     refuse_existing(target, args.force)

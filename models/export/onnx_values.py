@@ -42,10 +42,11 @@ def find(
 ) -> dict[str, str]:
     """Return the value of the ONNX model in `content` that carries each layer, by path; without those that have none.
 
-    A layer that is the same for every row is left out: it could be any other constant. Where several values are equal
+    A layer that is the same for every row is left out, since it could be any other constant, and BF16, which ONNX
+    Runtime gives to nobody. Where several values are equal
     to a layer on all inputs, the last one that was computed inside its module carries it, if there is one.
     """
-    paths = [layer.path for layer in layers if layer.available]
+    paths = [layer.path for layer in layers if layer.available and layer.datatype != "BF16"]
     try:
         names = values_of(content)
         found = _alike(module, examples, paths, content, names) if paths and names else {}

@@ -1,11 +1,7 @@
 """Writes an artefact: checks, layer index, weights, programs with their parity, golden values, manifest."""
 
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +20,7 @@ from layercast.models.export.calibration import Calibration
 from layercast.models.export.checks import ExportError, check_interface, check_rows, check_state
 from layercast.models.export.int8 import write as quantise
 from layercast.models.export.positional import Positional, named_outputs
+from layercast.models.export.staging import refuse_existing, staged
 from layercast.models.foreign.factory import Code
 from layercast.models.foreign.trust import Trust
 from layercast.models.layer_index import build_index
@@ -92,7 +89,7 @@ def export_artefact(
     check_interface(module, checked, examples)
     layers = build_index(module, examples)
     check_rows(module, checked, examples, layers)
-    with _staged(directory, force) as stage:
+    with staged(directory, force) as stage:
         save_weights(module, stage / WEIGHTS_FILE)
         if code:
             (stage / code.name).write_bytes(code.content)
@@ -137,12 +134,6 @@ def _manifest(
         files={path.name: file_entry(path) for path in sorted(stage.iterdir())},
         tools=tool_versions(),
     )
-
-
-def refuse_existing(directory: Path, force: bool) -> None:
-    """Raise ExportError if `directory` exists and may not be replaced."""
-    if directory.exists() and not force:
-        raise ExportError(f"{directory} exists already; choose another version or pass --force to replace it")
 
 
 def _version(directory: Path) -> int:
@@ -253,51 +244,3 @@ def _write_golden(module: nn.Module, card: Card, stage: Path) -> None:
     tensors = {f"input.{name}": value for name, value in inputs.items()}
     tensors |= {f"output.{name}": value.contiguous().clone() for name, value in outputs.items()}
     (stage / GOLDEN_FILE).write_bytes(safetensors.torch.save(tensors))
-
-
-@contextmanager
-def _staged(directory: Path, force: bool) -> Iterator[Path]:
-    """Yield an empty directory beside `directory` that takes its place when the block ends without an error."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        stage.chmod(0o777 & ~_umask())  # mkdtemp's are private, but a server may run as another user
-        yield stage
-        if force and directory.exists():
-            _replace(stage, directory)
-        else:
-            _take_place(stage, directory)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _replace(stage: Path, directory: Path) -> None:
-    """Put `stage` where `directory` is, which steps aside first: a directory cannot be renamed over a full one."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-    old = aside / directory.name
-    try:
-        with suppress(FileNotFoundError):  # another process replaces it too
-            directory.rename(old)
-        try:
-            _take_place(stage, directory)
-        except BaseException:
-            if old.exists() and not directory.exists():
-                old.rename(directory)
-            raise
-    finally:
-        shutil.rmtree(aside)
-
-
-def _take_place(stage: Path, directory: Path) -> None:
-    try:
-        stage.rename(directory)
-    except OSError as error:
-        if directory.exists():
-            raise ExportError(f"{directory} was written by another process meanwhile") from error
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,11 +1,11 @@
 """Engine on the `nn.Module` itself: plain predictions, and any layer through forward hooks."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layercast.models.artefact import to_numpy
 from layercast.models.explain import ExplainError, Explanation, explain
@@ -14,7 +14,7 @@ from layercast.models.explain.subject import Progress
 from layercast.models.hooks import FeatureExtractor, LayerError, ReducerError
 from layercast.models.manifest import Manifest
 from layercast.server.engines.base import Inputs, Outputs
-from layercast.server.engines.tensors import to_outputs, to_tensors
+from layercast.server.engines.tensors import to_outputs, to_tensors, token_mask
 from layercast.server.errors import InvalidArgument
 from layercast.server.work import Array, Tap
 
@@ -57,7 +57,7 @@ class EagerEngine:
         with torch.inference_mode(), extractor:
             tensors = to_tensors(inputs, self._manifest.inputs, self._device)
             try:
-                result = extractor.run(**tensors, token_mask=self._token_mask(tensors))
+                result = extractor.run(**tensors, token_mask=token_mask(tensors, self._manifest.inputs))
             except ReducerError as error:
                 raise InvalidArgument(str(error)) from error
             outputs = to_outputs(result.output, self._manifest.outputs) if predict else {}
@@ -75,15 +75,10 @@ class EagerEngine:
         tensors = to_tensors(inputs, self._manifest.inputs, self._device)
         try:
             of = ExplainInputs(tensors, arguments.get("of")).of
-            mask = self._token_mask({of: tensors[of]})
+            mask = token_mask({of: tensors[of]}, self._manifest.inputs)
             return explain(self._explained, tensors, method, targets, token_mask=mask, progress=progress, **arguments)
         except (ExplainError, LayerError) as error:
             raise InvalidArgument(str(error)) from error
-
-    def _token_mask(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Return which tokens count, [N, T], for a model with a padded input: reducers leave the others out."""
-        padded = {spec.name: spec.pad for spec in self._manifest.inputs if spec.pad is not None}
-        return next((tensor != padded[name] for name, tensor in tensors.items() if name in padded), None)
 
 
 def _double(module: nn.Module) -> nn.Module | Exception:

@@ -1,6 +1,6 @@
 """Between numpy arrays and torch tensors, for the engines that run on torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ def _to_tensor(array: Array, datatype: str, device: torch.device) -> Tensor:
     if datatype == "BF16":
         tensor = tensor.to(torch.bfloat16)
     return tensor if device.type == "cpu" else tensor.to(device)
+
+
+def token_mask(tensors: Mapping[str, Tensor], specs: Sequence[TensorSpec]) -> Tensor | None:
+    """Return which tokens count, [N, T], of a padded input among `tensors`: reducers leave the others out."""
+    padded = {spec.name: spec.pad for spec in specs if spec.pad is not None}
+    return next((tensor != padded[name] for name, tensor in tensors.items() if name in padded), None)
 
 
 def to_outputs(result: object, specs: Sequence[TensorSpec]) -> Outputs:
