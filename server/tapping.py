@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -15,6 +16,9 @@ from layercast.server.settings import EngineName
 from layercast.server.work import Tap
 
 logger = logging.getLogger(__name__)
+
+_MOST_BYTES: Final = 128 << 20
+"""Programs larger than this are not cut while others are answered: Python's lock is kept for 0.1 s every 100 MB."""
 
 
 def program(
@@ -35,7 +39,7 @@ def chosen(eager: Engine | None, program: OnnxProgram | None, recorded: Golden) 
     if program is None:
         return hooks
     plain = hooks or _whole(program, recorded)
-    return TappedEngine(plain, program) if plain else None
+    return TappedEngine(plain, program) if plain and program.bytes <= _MOST_BYTES else plain
 
 
 def without_module(manifest: Manifest, taps: Tapping | None, reason: str) -> tuple[Manifest, str]:

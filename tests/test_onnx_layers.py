@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from layercast.models.export.writer import export_artefact
 from layercast.models.hooks import FeatureExtractor
 from layercast.models.manifest import Manifest
 from layercast.models.onnx_cut import CutError, cut, values_of
+from layercast.models.onnx_runtime import onnxruntime
 from layercast.server.engines import tapped
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.tapped import MOST_PARTS, TappedEngine
@@ -240,14 +242,14 @@ def ask(engine: TappedEngine, inputs, taps, predict=False, times=6):
 
 @pytest.mark.parametrize(("seconds", "fastest"), [(0.05, "onnx"), (0.0, "eager")])
 def test_the_way_that_is_measured_faster_is_taken(directories, seconds, fastest):
-    manifest = Manifest.read(directories["resnet"])
-    inputs, taps = inputs_of(manifest, 8), [Tap("layer1"), Tap("head")]
-    engine = TappedEngine(Timed(hooks(directories["resnet"]), seconds), program(directories["resnet"]))
+    manifest = Manifest.read(directories["mnist"])
+    inputs, taps = inputs_of(manifest, 8), [Tap("net.0"), Tap("net.4")]
+    engine = TappedEngine(Timed(hooks(directories["mnist"]), seconds), program(directories["mnist"]))
     engine.tapped(inputs, taps, True)
     assert (engine.name, engine.parts) == ("eager", 0), "what is asked for once is not compiled"
     outputs, features = ask(engine, inputs, taps, predict=True)
     assert (engine.name, engine.parts) == (fastest, 1)
-    wanted_outputs, wanted = hooks(directories["resnet"]).tapped(inputs, taps, True)
+    wanted_outputs, wanted = hooks(directories["mnist"]).tapped(inputs, taps, True)
     close(features, wanted)
     close(outputs, wanted_outputs)
 
@@ -361,6 +363,35 @@ def test_a_manifest_that_names_values_of_other_shapes_gets_no_layers(directories
     assert loaded.runner.taps is None
     assert loaded.note.startswith("layers are not available: ")
     assert not any(layer.available for layer in loaded.manifest.layers)
+
+
+def test_what_a_branch_reads_from_outside_is_kept():
+    float_value = partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT)
+    branches = {
+        name: helper.make_graph(
+            [helper.make_node("Add" if name == "then_branch" else "Sub", ["x", "doubled"], [name])],
+            name, [], [float_value(name, shape=[2])],
+        )
+        for name in ("then_branch", "else_branch")
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("Add", ["x", "x"], ["doubled"]),
+        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        helper.make_node("Greater", ["largest", "zero"], ["positive"]),
+        helper.make_node("If", ["positive"], ["chosen"], **branches),
+        helper.make_node("Neg", ["chosen"], ["y"]),
+    ]
+    zero = helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0])
+    inside = [float_value("chosen", shape=[2])]
+    graph = helper.make_graph(
+        nodes, "g", [float_value("x", shape=[2])], [float_value("y", shape=[2])], [zero], value_info=inside
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    part = cut(model.SerializeToString(), ["chosen"])
+    assert [node.op_type for node in onnx.load_from_string(part).graph.node] == ["Add", "ReduceMax", "Greater", "If"]
+    session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
+    for x, wanted in (([1, 2], [3, 6]), ([-1, -2], [1, 2])):
+        np.testing.assert_array_equal(session.run(None, {"x": np.array(x, "f4")})[0], wanted)
 
 
 def test_tensors_in_other_files_are_not_followed():
