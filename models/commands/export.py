@@ -138,7 +138,10 @@ class _Reporter:
             print(f"{self._label:<16} onnx-int8    {quantize.summary(manifest.int8)}", flush=True)
         size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
         seconds = time.perf_counter() - start
-        print(f"wrote {self._target}  {len(manifest.layers)} layers, {size:.1f} MB, {seconds:.1f} s", flush=True)
+        values = f" ({len(manifest.onnx_values)} in the ONNX program)" if "onnx" in manifest.programs else ""
+        print(
+            f"wrote {self._target}  {len(manifest.layers)} layers{values}, {size:.1f} MB, {seconds:.1f} s", flush=True
+        )
 
 
 def _one_thread() -> None:
