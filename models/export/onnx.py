@@ -68,7 +68,7 @@ def write(
 
 def _scopes(model: Any) -> dict[str, list[str]]:
     """Read where values were computed from the exporter's notes, which are not kept."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for node in model.graph:
         try:
             scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))

@@ -131,7 +131,7 @@ class TappedEngine:
     def _entry(self, taps: Sequence[Tap], predict: bool) -> _Entry | None:
         """Return the entry of these layers, counted; None where one has no value in the program."""
         layers = frozenset(tap.layer for tap in taps)
-        if not layers <= self._program.layers:
+        if not all(layer in self._program.layers for layer in layers):
             return None
         key = (layers, predict)
         entry = self._entries.setdefault(key, _Entry())
