@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -24,7 +24,10 @@ _WORTH: Final = 2
 """A set of layers is compiled when it is asked for this often: one that comes once is not worth it."""
 
 _LEAST_BYTES: Final = 64 << 20
-_TRIALS: Final = 3
+_TRIALS: Final = 5
+_AGAIN: Final = 200
+"""One batch in so many goes both ways again: the first ones may have met a busy machine."""
+
 _TOLERANCE: Final = 1e-3
 
 LayerSet = tuple[frozenset[str], bool]
@@ -33,14 +36,16 @@ LayerSet = tuple[frozenset[str], bool]
 
 @dataclass
 class _Trial:
-    """Both ways over the same rows, in nanoseconds."""
+    """Both ways over the same rows, the last times, in nanoseconds; and batches since the start."""
 
-    plain: list[int] = field(default_factory=list)
-    part: list[int] = field(default_factory=list)
+    plain: deque[int] = field(default_factory=lambda: deque(maxlen=_TRIALS))
+    part: deque[int] = field(default_factory=lambda: deque(maxlen=_TRIALS))
+    batches: int = 0
 
-    @property
-    def open(self) -> bool:
-        return len(self.part) < _TRIALS
+    def due(self) -> bool:
+        """Count a batch and tell whether it should go both ways."""
+        self.batches += 1
+        return len(self.part) < _TRIALS or self.batches % _AGAIN == 0
 
     @property
     def won(self) -> bool:
@@ -60,8 +65,8 @@ class _Entry:
 class TappedEngine:
     """Reads layers with `plain` until a part of `program` that gives the same ones is compiled and found faster.
 
-    Compiling happens in a thread beside. The first batches of every size then go both ways, for time and for values: a
-    part that gives others is not used. Parts are kept for the sets of layers that came last, in no more memory than
+    Compiling happens in a thread beside. The first batches of every size, and a few later ones, go both ways, for
+    time and for values: a part that gives others is not used. Parts are kept for the sets of layers that came last, in no more memory than
     the program takes itself (or 64 MB).
     """
 
@@ -90,7 +95,7 @@ class TappedEngine:
         if entry is None or entry.part is None or entry.given_up:
             return self._by(self._plain, inputs, taps, predict)
         trial = entry.trials.setdefault((len(next(iter(inputs.values()))) - 1).bit_length(), _Trial())
-        if trial.open:
+        if trial.due():
             return self._try(entry, entry.part, trial, inputs, taps, predict)
         if not trial.won:
             return self._by(self._plain, inputs, taps, predict)
