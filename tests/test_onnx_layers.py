@@ -255,14 +255,14 @@ def test_the_way_that_is_measured_faster_is_taken(directories, seconds, fastest)
 
 
 def test_a_slow_start_is_not_the_last_word(directories, monkeypatch):
-    monkeypatch.setattr(tapped, "_AGAIN", 10)
+    monkeypatch.setattr(tapped, "_AGAIN", 4)
     inputs, taps = inputs_of(Manifest.read(directories["mnist"]), 8), [Tap("net.0")]
     plain = Timed(hooks(directories["mnist"]), 0.0)
     engine = TappedEngine(plain, program(directories["mnist"]))
     ask(engine, inputs, taps)
     assert engine.name == "eager"
     plain.seconds = 0.05
-    ask(engine, inputs, taps, times=60)
+    ask(engine, inputs, taps, times=24)
     assert engine.name == "onnx"
 
 

@@ -65,9 +65,9 @@ class _Entry:
 class TappedEngine:
     """Reads layers with `plain` until a part of `program` that gives the same ones is compiled and found faster.
 
-    Compiling happens in a thread beside. The first batches of every size, and a few later ones, go both ways, for
-    time and for values: a part that gives others is not used. Parts are kept for the sets of layers that came last, in no more memory than
-    the program takes itself (or 64 MB).
+    Compiling happens in a thread beside. The first batches of every size, and a few later ones, go both ways, for time
+    and for values: a part that gives others is not used. Parts are kept for the sets of layers that came last, in no
+    more memory than the program takes itself (or 64 MB).
     """
 
     def __init__(self, plain: Tapping, program: OnnxProgram) -> None:
