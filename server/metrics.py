@@ -74,6 +74,9 @@ class Metrics:
             "Batches in which a row taps a layer, by what read it",
             (*_MODEL, "engine"),
         )
+        self.steered = self._counter(
+            "layercast_steered_requests_total", "Requests answered with values inside the model changed", _MODEL
+        )
         self.request_duration = self._histogram(
             "layercast_request_duration_seconds", "From the decoded request to the ready answer", (*_MODEL, "kind")
         )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from layercast.models.manifest import Manifest
+from layercast.models.steering import Placed
 from layercast.server.engines.base import Engine, Inputs, Tapping
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import ModelFailed
@@ -14,7 +15,8 @@ from layercast.server.work import Array, Rows, Tap, Work
 class Runner:
     """One instance of a model: runs works that share a key, in one thread.
 
-    `fast` serves plain predictions, `taps` any batch in which a row taps a layer, `eager` explanations.
+    `fast` serves plain predictions, `taps` a batch in which a row taps a layer, `eager` one in which a row changes one,
+    and explanations.
 
     Without `taps`, no layer of the manifest may be available. `on_tapped` is told what read the layers of a batch.
     """
@@ -31,13 +33,20 @@ class Runner:
         inputs = self._join(works)
         rows = sum(work.rows for work in works)
         taps = list(dict.fromkeys(tap for work in works for tap in work.taps))
-        if taps:
+        predict = any(work.predict for work in works)
+        edits = _placed(works)
+        if edits:
+            if self.eager is None:
+                raise ModelFailed("a layer was to be changed in a model without its module. This is a bug.")
+            outputs, features = self.eager.tapped(inputs, taps, predict, edits)
+        elif taps:
             if self.taps is None:
                 raise ModelFailed("a layer was asked of a model that can show none. This is a bug.")
-            outputs, features = self.taps.tapped(inputs, taps, predict=any(work.predict for work in works))
-            self.on_tapped(self.taps.name)
+            outputs, features = self.taps.tapped(inputs, taps, predict)
         else:
             outputs, features = self.fast.run(inputs), {}
+        if taps and self.taps:
+            self.on_tapped("eager" if edits else self.taps.name)
         for name, array in (*outputs.items(), *((tap.layer, array) for tap, array in features.items())):
             _check_rows(name, array, rows)
         return _split(works, outputs, features)
@@ -49,6 +58,15 @@ class Runner:
             spec.name: _concatenate([work.inputs[spec.name] for work in works], spec.pad)
             for spec in self._manifest.inputs
         }
+
+
+def _placed(works: Sequence[Work]) -> list[Placed]:
+    """Return the edits of all works, each with the rows of its own work."""
+    placed, start = [], 0
+    for work in works:
+        placed += [(slice(start, start + work.rows), edit) for edit in work.edits]
+        start += work.rows
+    return placed
 
 
 def _split(works: Sequence[Work], outputs: dict[str, Array], features: dict[Tap, Array]) -> list[Rows]:

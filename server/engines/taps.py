@@ -73,7 +73,7 @@ class OnnxTaps:
         found = dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
         with torch.inference_mode():
             padded = [spec for spec in self._manifest.inputs if spec.pad is not None]
-            mask = token_mask(to_tensors(inputs, padded, _CPU), padded)
+            mask = token_mask(padded, to_tensors(inputs, padded, _CPU))
             features = {tap: self._reduced(found[self._values[tap.layer]], tap, mask) for tap in taps}
         return {name: found[name] for name in outputs}, features
 
