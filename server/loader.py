@@ -13,12 +13,12 @@ import torch
 from layercast.models.artefact import NO_TRUST, golden, refusal
 from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import Manifest
-from layercast.server import memory
+from layercast.server import memory, tapping
 from layercast.server.engines.base import Engine, EngineError, Inputs
 from layercast.server.engines.selection import Engines, golden_rows, select
 from layercast.server.engines.source import Source
 from layercast.server.model import Loaded
-from layercast.server.restrict import restricted, unavailable, without_silent
+from layercast.server.restrict import restricted, without_silent
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
 
@@ -36,11 +36,12 @@ def load(
 ) -> Loaded:
     """Load the artefact in `directory`, ready to answer. Blocks for seconds: call it in a thread.
 
-    A module whose code is not layercast's own and not in `trust` is not built: its exported programs answer, and all
-    its layers are marked unavailable with the reason. `threads` are what this process may use; the model's instances
-    share them evenly, at least one each. Which engine runs which batch is measured, once if the folder `choices`
-    keeps it. Raises LoadError for a file that differs from the manifest, code that does not give a module, one in
-    training mode, outputs that differ from the golden ones, or an engine or device that is not to be had.
+    A module whose code is not layercast's own and not in `trust` is not built: its exported programs answer, and its
+    layers without a value in the ONNX program are marked unavailable with the reason. `threads` are what this process
+    may use; the model's instances share them evenly, at least one each. Which engine runs which batch is measured, once
+    if the folder `choices` keeps it. Raises LoadError for a file that differs from the manifest, code that does not
+    give a module, one in training mode, outputs that differ from the golden ones, or an engine or device that is not to
+    be had.
     """
     start = time.perf_counter()
     own = max(1, threads // settings.instances)
@@ -56,20 +57,26 @@ def load(
         choice, first = select(source, settings, recorded, choices)
         manifest.verify_files(directory)  # what was loaded was verified as it was read
         others = [Engines.load(source, choice.used, recorded) for _ in range(1, settings.instances)]
+        program = tapping.program(directory, manifest, device, own, settings.engine)
+    every = (first, *others)
+    readers = [tapping.chosen(engines.eager, program, recorded) for engines in every]
+    note = ""
     if source.untrusted:
-        logger.warning("%s: layers are not available: %s", manifest.name, source.untrusted)
-        manifest = unavailable(manifest, lambda layer: source.untrusted)
+        manifest, note = tapping.without_module(manifest, readers[0], source.untrusted)
+        logger.warning("%s: %s", manifest.name, note)
     if first.eager:
         manifest = without_silent(manifest, first.eager, recorded.inputs)
     manifest = restricted(manifest, settings)
     largest = golden_rows(recorded, settings.max_batch)
-    for engines in (first, *others):
+    for engines in every:
         for engine in engines.fast.values():
             engine.run(largest)
-    runners = tuple(Runner(manifest, engines.chosen(choice, manifest), engines.eager) for engines in (first, *others))
+    runners = tuple(
+        Runner(manifest, engines.chosen(choice, manifest), engines.eager, taps)
+        for engines, taps in zip(every, readers, strict=True)
+    )
     warmup_ms = _time(runners[0].fast, golden_rows(recorded, 1))
     memory.trim()  # of what was read, and of engines that run nothing
-    note = f"layers are not available: {source.untrusted}" if source.untrusted else ""
     return Loaded(manifest, settings, runners, own, time.perf_counter() - start, warmup_ms, note, str(choice))
 
 

@@ -85,7 +85,12 @@ class Metrics:
         self.inflight = self._gauge("layercast_inflight_requests", "Requests being answered now", _MODEL)
 
     def _features(self) -> None:
-        self.taps = self._counter("layercast_feature_taps_total", "Layers read by forward hooks", _MODEL)
+        self.taps = self._counter("layercast_feature_taps_total", "Layers read, once a request and layer", _MODEL)
+        self.feature_batches = self._counter(
+            "layercast_feature_batches_total",
+            "Batches in which a row taps a layer, by what read it",
+            (*_MODEL, "engine"),
+        )
         self.steered = self._counter(
             "layercast_steered_requests_total", "Requests answered with values inside the model changed", _MODEL
         )

@@ -84,6 +84,8 @@ class ServedModel:
         for engine in engines:
             engine.on_stopped = monitor.stopped_early
         monitor.watch_hooks(partial(_hooks, [weakref.ref(engine) for engine in engines]))
+        for runner in loaded.runners:
+            runner.on_tapped = monitor.read_by
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)

@@ -74,6 +74,7 @@ class ModelMonitor:
         self._evaluations = {method: metrics.explain_evaluations.labels(*own, method) for method in METHODS}
         self._explain_duration = {method: metrics.explain_duration.labels(*own, method) for method in METHODS}
         self._explain_steps = {method: metrics.explain_steps.labels(*own, method) for method in METHODS}
+        self._feature_batches = {engine: metrics.feature_batches.labels(*own, engine) for engine in ("eager", "onnx")}
         self._steered = metrics.steered.labels(*own)
         self._queue_rows = metrics.queue_rows.labels(*own)
         self._queue_bytes = metrics.queue_bytes.labels(*own)
@@ -129,6 +130,10 @@ class ModelMonitor:
     def cancelled(self, when: Phase) -> None:
         """A caller went away."""
         self._cancelled[when].inc()
+
+    def read_by(self, engine: str) -> None:
+        """The layers that a batch taps were read by `engine`. May be called from any thread."""
+        self._feature_batches[engine].inc()
 
     def tapped(self, layers: int, size: int) -> None:
         """A request, or a part of one, was given so many layers' values, of so many bytes."""
