@@ -1,9 +1,11 @@
 """A model version that answers: its manifest, its runners, its batcher, its counts."""
 
 import asyncio
-from collections.abc import Hashable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -11,11 +13,14 @@ from layercast.models.edits import Planned
 from layercast.models.manifest import WEIGHTS_FILE, Manifest
 from layercast.server.batching.batcher import Batcher
 from layercast.server.batching.policy import Limits
+from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import InvalidArgument
 from layercast.server.monitor import ModelMonitor
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
 from layercast.server.work import Answer, Array, Tap, Terms, Work
+
+T = TypeVar("T")
 
 _SHORTEST_BUCKET = 16
 
@@ -25,8 +30,8 @@ class Loaded:
     """A version that was loaded, checked and warmed up.
 
     `runners` are its instances, which share nothing; each computes with `threads` threads. `warmup_ms` is one warm
-    forward of one row, `note` what an operator should know of a version that answers, `inline_rows` how many rows run
-    sooner than they could be handed to a thread.
+    forward of one row, `note` what an operator should know of a version that answers, `engines` which engine runs which
+    batch of plain predictions, `inline_rows` how many rows run sooner than they could be handed to a thread.
     """
 
     manifest: Manifest
@@ -36,6 +41,7 @@ class Loaded:
     load_seconds: float
     warmup_ms: float
     note: str = ""
+    engines: str = ""
     inline_rows: int = 0
 
     @property
@@ -79,6 +85,13 @@ class ServedModel:
         self._holders = 0
         self._free = asyncio.Event()
         self._free.set()
+        loop = asyncio.get_running_loop()
+        engines = [runner.eager for runner in loaded.runners if runner.eager]
+        for engine in engines:
+            engine.on_stopped = partial(_told, loop, monitor.stopped_early)
+        monitor.watch_hooks(partial(_hooks, [weakref.ref(engine) for engine in engines]))
+        for runner in loaded.runners:
+            runner.on_tapped = partial(_told, loop, monitor.read_by)
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)
@@ -153,6 +166,16 @@ class ServedModel:
             shape = inputs[spec.name].shape[1:]
             key.append((_bucket(shape[0]), *shape[1:]) if spec.pad is not None and not exact else shape)
         return tuple(key)
+
+
+def _hooks(engines: Sequence["weakref.ref[EagerEngine]"]) -> int:
+    """Return how many hooks there are; the metric that asks must not keep an old version in memory."""
+    return sum(engine.hooks for ref in engines if (engine := ref()))
+
+
+def _told(loop: asyncio.AbstractEventLoop, hear: Callable[[T], None], what: T) -> None:
+    """Tell `hear` on the event loop, from the thread of a forward: before its answer, since that comes after."""
+    loop.call_soon_threadsafe(hear, what)
 
 
 def _parts(inputs: Mapping[str, Array], rows: int, most: int) -> Sequence[tuple[Mapping[str, Array], int]]:
