@@ -112,7 +112,7 @@ async def _served(model: ServedModel, size: int) -> None:
 
 def _inputs(eager: EagerEngine | None, size: int) -> dict[str, np.ndarray]:
     assert eager is not None
-    manifest: Manifest = eager._manifest
+    manifest: Manifest = eager.manifest
     return {
         spec.name: rows(spec.datatype, (size, *(48 if dimension == -1 else dimension for dimension in spec.shape[1:])))
         for spec in manifest.inputs

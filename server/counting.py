@@ -45,10 +45,11 @@ class Count:
 class Level:
     """A number that goes up and down."""
 
-    __slots__ = ("value",)
+    __slots__ = ("_read", "value")
 
     def __init__(self) -> None:
         self.value = 0.0
+        self._read: Callable[[], float] | None = None
 
     def set(self, value: float) -> None:
         """Be `value` from now on."""
@@ -58,9 +59,13 @@ class Level:
         """Rise by `more`, or fall when that is below 0."""
         self.value += more
 
+    def set_function(self, read: Callable[[], float]) -> None:
+        """Be what `read` returns whenever a scrape asks."""
+        self._read = read
+
     def samples(self) -> Iterable[Sample]:
         """Yield what a scrape sees."""
-        yield "", {}, self.value
+        yield "", {}, self._read() if self._read else self.value
 
 
 class Spread:

@@ -25,6 +25,7 @@ from layercast.server.service.administration import AdministrationService, Share
 from layercast.server.service.answering import Answering
 from layercast.server.service.control import ModelControl
 from layercast.server.service.explaining import ExplainService
+from layercast.server.service.feature_stream import FeatureStreamService
 from layercast.server.service.features import FeatureService
 from layercast.server.service.inference import InferenceService
 from layercast.server.service.metadata import MetadataService
@@ -58,7 +59,7 @@ class Server:
         self.metrics = Metrics()
         self.metrics.build_info.info(environment.versions())
         self.repository = Repository(settings, self.metrics, threads)
-        answering = Answering(self.repository, self.metrics, settings.max_message_bytes)
+        self.answering = answering = Answering(self.repository, self.metrics, settings.max_message_bytes)
         inference = InferenceService(answering)
         services = {
             INFERENCE_SERVICE: (
@@ -71,6 +72,7 @@ class Server:
             ),
             FEATURES_SERVICE: (
                 FeatureService(self.repository, answering),
+                FeatureStreamService(answering),
                 ExplainService(answering),
                 SteeringService(answering),
             ),

@@ -15,7 +15,7 @@ import torch
 from layercast.models.artefact import NO_TRUST, golden, refusal
 from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import Manifest
-from layercast.server import memory
+from layercast.server import memory, tapping
 from layercast.server.engines import cuda
 from layercast.server.engines.base import Engine, EngineError, Inputs
 from layercast.server.engines.selection import Engines, golden_rows, select
@@ -23,6 +23,7 @@ from layercast.server.engines.source import Source
 from layercast.server.errors import OutOfMemory
 from layercast.server.inline import inline_rows
 from layercast.server.model import Loaded
+from layercast.server.restrict import restricted, without_silent
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
 
@@ -40,11 +41,12 @@ def load(
 ) -> Loaded:
     """Load the artefact in `directory`, ready to answer. Blocks for seconds: call it in a thread.
 
-    A module whose code is not layercast's own and not in `trust` is not built: its exported programs answer, and all
-    its layers are marked unavailable with the reason. `threads` are what this process may use; the model's instances
-    share them evenly, at least one each. Which engine runs which batch is measured, once if the folder `choices`
-    keeps it. Raises LoadError for a file that differs from the manifest, code that does not give a module, one in
-    training mode, outputs that differ from the golden ones, or an engine or device that is not to be had.
+    A module whose code is not layercast's own and not in `trust` is not built: its exported programs answer, and its
+    layers without a value in the ONNX program are marked unavailable with the reason. `threads` are what this process
+    may use; the model's instances share them evenly, at least one each. Which engine runs which batch is measured, once
+    if the folder `choices` keeps it. Raises LoadError for a file that differs from the manifest, code that does not
+    give a module, one in training mode, outputs that differ from the golden ones, or an engine or device that is not to
+    be had.
     """
     start = time.perf_counter()
     own = max(1, threads // settings.instances)
@@ -63,29 +65,31 @@ def load(
             Engines.load(replace(source, device=device), choice.used, recorded, choice.buckets)
             for device in devices[1:]
         ]
+        # A part of the program would give layers in float32.
+        reads = "eager" if settings.precision == "bf16" else settings.engine
+        program = tapping.program(directory, manifest, devices[0], own, reads)
+    every = (first, *others)
+    readers = [tapping.chosen(engines.eager, program, recorded) for engines in every]
+    note = ""
     if source.untrusted:
-        logger.warning("%s: layers are not available: %s", manifest.name, source.untrusted)
-        manifest = _without_layers(manifest, source.untrusted)
-    for engines in (first, *others):
+        manifest, note = tapping.without_module(manifest, readers[0], source.untrusted)
+        logger.warning("%s: %s", manifest.name, note)
+    if first.eager:
+        manifest = without_silent(manifest, first.eager, recorded.inputs)
+    manifest = restricted(manifest, settings)
+    for engines in every:
         for engine in engines.fast.values():
             _warm_up(engine, golden_rows(recorded, settings.max_batch), settings.max_batch)
-    runners = tuple(Runner(manifest, engines.chosen(choice, manifest), engines.eager) for engines in (first, *others))
+    runners = tuple(
+        Runner(manifest, engines.chosen(choice, manifest), engines.eager, taps)
+        for engines, taps in zip(every, readers, strict=True)
+    )
     one_row = golden_rows(recorded, 1)
     warmup_ms = _time(runners[0].fast, one_row)
     inline = inline_rows(runners[0].fast, manifest, one_row, settings.max_batch)
     memory.release()  # of what was read, and of engines that run nothing
-    return Loaded(
-        manifest,
-        settings,
-        runners,
-        own,
-        time.perf_counter() - start,
-        warmup_ms,
-        note=f"layers are not available: {source.untrusted}" if source.untrusted else "",
-        engines=str(choice),
-        inline_rows=inline,
-        cards=tuple(device.index for device in devices if device.type == "cuda"),
-    )
+    seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
+    return Loaded(manifest, settings, runners, own, seconds, warmup_ms, note, str(choice), inline, cards)
 
 
 @contextmanager
@@ -114,15 +118,6 @@ def choose_devices(name: str, instances: int) -> list[torch.device]:
         last = f" to cuda:{cards - 1}" if cards > 1 else ""
         raise EngineError(f"device is set to {name}, but torch finds only cuda:0{last} here; set it to one of these")
     return [torch.device("cuda", int(number))] * instances
-
-
-def _without_layers(manifest: Manifest, reason: str) -> Manifest:
-    """Return `manifest` with every layer marked unavailable for `reason`, unless it has a reason of its own."""
-    layers = tuple(
-        layer.model_copy(update={"available": False, "reason": reason}) if layer.available else layer
-        for layer in manifest.layers
-    )
-    return Manifest.model_validate(manifest.model_dump() | {"layers": layers})
 
 
 def _warm_up(engine: Engine, inputs: Inputs, rows: int) -> None:

@@ -1,9 +1,11 @@
 """A model version that answers: its manifest, its runners, its batcher, its counts."""
 
 import asyncio
-from collections.abc import Hashable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -11,11 +13,14 @@ from layercast.models.edits import Planned
 from layercast.models.manifest import WEIGHTS_FILE, Manifest
 from layercast.server.batching.batcher import Batcher
 from layercast.server.batching.policy import Limits
+from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import InvalidArgument
 from layercast.server.monitor import ModelMonitor
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
 from layercast.server.work import Answer, Array, Tap, Terms, Work
+
+T = TypeVar("T")
 
 _SHORTEST_BUCKET = 16
 
@@ -65,7 +70,8 @@ class Loaded:
             preferred=settings.preferred_batch,
             queue_timeout=settings.queue_timeout_ms / 1000 or None,
             priorities=settings.priorities,
-            inline_rows=self.inline_rows,
+            # Several instances are there to run at the same time.
+            inline_rows=self.inline_rows if len(self.runners) == 1 else 0,
         )
 
 
@@ -81,6 +87,13 @@ class ServedModel:
         self._holders = 0
         self._free = asyncio.Event()
         self._free.set()
+        loop = asyncio.get_running_loop()
+        engines = [runner.eager for runner in loaded.runners if runner.eager]
+        for engine in engines:
+            engine.on_stopped = partial(_told, loop, monitor.stopped_early)
+        monitor.watch_hooks(partial(_hooks, [weakref.ref(engine) for engine in engines]))
+        for runner in loaded.runners:
+            runner.on_tapped = partial(_told, loop, monitor.read_by)
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)
@@ -155,6 +168,16 @@ class ServedModel:
             shape = inputs[spec.name].shape[1:]
             key.append((_bucket(shape[0]), *shape[1:]) if spec.pad is not None and not exact else shape)
         return tuple(key)
+
+
+def _hooks(engines: Sequence["weakref.ref[EagerEngine]"]) -> int:
+    """Return how many hooks there are; the metric that asks must not keep an old version in memory."""
+    return sum(engine.hooks for ref in engines if (engine := ref()))
+
+
+def _told(loop: asyncio.AbstractEventLoop, hear: Callable[[T], None], what: T) -> None:
+    """Tell `hear` on the event loop, from the thread of a forward: before its answer, since that comes after."""
+    loop.call_soon_threadsafe(hear, what)
 
 
 def _parts(inputs: Mapping[str, Array], rows: int, most: int) -> Sequence[tuple[Mapping[str, Array], int]]:

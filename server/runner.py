@@ -1,7 +1,7 @@
 """One forward for several requests: join their rows, run the right engine, give each its own rows back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from layercast.models.manifest import Manifest, TensorSpec
 from layercast.models.steering import Placed
 from layercast.server import memory
-from layercast.server.engines.base import Engine, Inputs
+from layercast.server.engines.base import Engine, Inputs, Tapping
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import ModelFailed
 from layercast.server.work import Array, Rows, Tap, Work
@@ -21,16 +21,19 @@ _LARGE: Final = 1 << 22
 class Runner:
     """One instance of a model: runs works that share a key, in one thread.
 
-    `fast` serves plain predictions; `eager` any batch in which a row taps a layer or changes one.
+    `fast` serves plain predictions, `taps` a batch in which a row taps a layer, `eager` one in which a row changes one,
+    and explanations.
 
-    Without `eager`, no layer of the manifest may be available.
+    Without `taps`, no layer of the manifest may be available. `on_tapped` is told what read the layers of a batch.
     """
 
-    def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine | None) -> None:
+    def __init__(self, manifest: Manifest, fast: Engine, eager: EagerEngine | None, taps: Tapping | None) -> None:
         self._buffers = {spec.name: _Buffer(spec) for spec in manifest.inputs}
         self._name = manifest.name
         self.fast = fast
         self.eager = eager
+        self.taps = taps
+        self.on_tapped: Callable[[str], None] = lambda engine: None
 
     def __call__(self, works: Sequence[Work]) -> list[Rows]:
         """Return each work's rows, in order.
@@ -43,14 +46,20 @@ class Runner:
         inputs = self._join(works)
         rows = sum(work.rows for work in works)
         taps = list(dict.fromkeys(tap for work in works for tap in work.taps))
+        predict = any(work.predict for work in works)
         edits = _placed(works)
-        if taps or edits:
+        if edits:
             if self.eager is None:
-                raise ModelFailed("a layer was asked of a model without its module. This is a bug.")
-            predict = any(work.predict for work in works)
+                raise ModelFailed("a layer was to be changed in a model without its module. This is a bug.")
             outputs, features = self.eager.tapped(inputs, taps, predict, edits)
+        elif taps:
+            if self.taps is None:
+                raise ModelFailed("a layer was asked of a model that can show none. This is a bug.")
+            outputs, features = self.taps.tapped(inputs, taps, predict)
         else:
             outputs, features = self.fast.run(inputs), {}
+        if taps and self.taps:
+            self.on_tapped("eager" if edits else self.taps.name)
         for name, array in (*outputs.items(), *((tap.layer, array) for tap, array in features.items())):
             _check_rows(name, array, rows)
         if inputs is not works[0].inputs:

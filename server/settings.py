@@ -59,6 +59,14 @@ Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], BeforeVali
 Names = Annotated[tuple[str, ...], BeforeValidator(_parts), NoDecode]
 
 
+def _word(value: object) -> object:
+    """Return a boolean, as TOML writes it without quotes, as the word that the command line gives."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["true", "pooled", "false"], BeforeValidator(_word)]
+
+
 class ModelSettings(BaseModel):
     """Knobs of one model: the server's values, overridden by `<repository>/<model>/layercast.toml`."""
 
@@ -102,6 +110,20 @@ class ModelSettings(BaseModel):
     steering: bool = Field(default=False, description="let callers change layers for their own rows (Steer)")
     versions: Literal["all", "latest"] = Field(
         default="all", description="which versions are served; latest is the highest that loads"
+    )
+    features: Switch = Field(
+        default="true",
+        description="whether callers get layers: true, pooled (one vector a row, no map of places or tokens), false",
+    )
+    feature_layers: Names = Field(
+        default=("*",), description="patterns of the layers that callers may ask for; repeat it for several"
+    )
+    max_taps: int = Field(default=1024, ge=1, le=65_536, description="layers that one request may ask for")
+    max_feature_bytes: int = Field(
+        default=4 << 30, ge=1, le=1 << 40, description="bytes of layers' values that one request may ask for"
+    )
+    max_explain_evaluations: int = Field(
+        default=65_536, ge=1, le=1 << 30, description="rows that one explanation may run, its steps or samples counted"
     )
 
     @model_validator(mode="after")

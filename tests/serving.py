@@ -35,7 +35,8 @@ class Running:
     def rpc(self, name: str) -> Callable[..., Any]:
         """Return the stub of the RPC `name`, of either service."""
         method = {**INFERENCE, **FEATURES}[name]
-        return self.channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
+        make = self.channel.unary_stream if method.kind == "server_stream" else self.channel.unary_unary
+        return make(method.path, method.request.SerializeToString, method.response.FromString)
 
     def call(self, name: str, request: Any, timeout: float = 30.0) -> Any:
         """Call the RPC `name` and return its answer."""

@@ -12,7 +12,7 @@ class Patience:
 
     A batch in a thread leaves the loop free to gather the next one. One on the loop does not: without patience requests
     that come at the same time would be read and run one by one. A request takes several passes from its first byte to
-    the queue; passes that bring nothing take two microseconds each.
+    the queue; those that bring nothing take some microseconds each.
     """
 
     def __init__(self) -> None:

@@ -2,9 +2,10 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from layercast.models.edits import Edit, Planned, Request, SteeringError, plan
 from layercast.models.explain import ExplainError, Explanation, explain
 from layercast.models.explain.inputs import Inputs as ExplainInputs
 from layercast.models.explain.subject import Progress
+from layercast.models.hook_points import hook_count
 from layercast.models.hooks import FeatureExtractor, LayerError, ReducerError
+from layercast.models.layer_index import names_given
 from layercast.models.manifest import Manifest
 from layercast.models.steering import Placed, steered
 from layercast.server import memory
@@ -30,6 +33,8 @@ from layercast.server.work import Array, Tap
 
 logger = logging.getLogger(__name__)
 
+_EXTRACTORS_KEPT: Final = 64
+
 
 class EagerEngine:
     """Runs the module in inference mode; the one engine that can show what is inside.
@@ -45,17 +50,27 @@ class EagerEngine:
         self._place = place.at(device, manifest.inputs)
         self.device = self._place.kind
         self._module = module.to(self._place.device)
-        self._manifest = manifest
+        self.manifest = manifest
         self._precision = precision
         self._graphs: Graphs | None = None
         self._known = [layer.path for layer in manifest.layers if layer.available]
         self._clone = [layer.path for layer in manifest.layers if layer.clone]
+        self._order = {layer.path: layer.order for layer in manifest.layers if layer.available}
+        self._extractors: OrderedDict[tuple[tuple[str, ...], bool], FeatureExtractor] = OrderedDict()
         self._explained = _double(module)
+        self._own_hooks = self._hook_count()
+        self.on_stopped: Callable[[float], None] = lambda skipped: None
+        """Told, in the thread that runs, of a forward that stopped early: the share of layers that did not run."""
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of the parameters and buffers, shared ones counted once."""
         return sum(t.nbytes for t in (*self._module.parameters(), *self._module.buffers()))
+
+    @property
+    def hooks(self) -> int:
+        """Hooks on the module now, those that are its own left out; 0 while nothing runs."""
+        return self._hook_count() - self._own_hooks
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output for the batch."""
@@ -67,7 +82,7 @@ class EagerEngine:
         """On a card, record the forward as CUDA graphs, which run plain batches from then on; log why if that fails."""
         if not isinstance(self._place, OnCard):
             return
-        manifest, agree = self._manifest, Tolerance(self._precision).agree
+        manifest, agree = self.manifest, Tolerance(self._precision).agree
         try:
             self._graphs = capture(self._place, self._forward, manifest.inputs, manifest.outputs, buckets, agree)
             return
@@ -89,15 +104,15 @@ class EagerEngine:
         error.
         """
         names = {tap: tap.layer if tap.reducer == "none" else f"{tap.layer}@{tap.reducer}" for tap in taps}
-        extractor = FeatureExtractor(
-            self._module, list(names.values()), known=self._known, clone=self._clone, predictions=predict
-        )
+        extractor = self._extractor(tuple(sorted(names.values())), predict)
+        stopped: list[bool] = []
 
         def forward(tensors: Tensors) -> dict[str | Tap, Tensor]:
-            mask = token_mask(self._manifest.inputs, tensors)
+            mask = token_mask(self.manifest.inputs, tensors)
             # Their hooks come first, so that those of the taps are given the edited values.
             with self._autocast(), steered(self._module, edits, mask), extractor:
                 result = extractor.run(**tensors, token_mask=mask)
+            stopped.append(result.stopped_early)
             values: dict[str | Tap, Tensor] = {tap: result.features[name] for tap, name in names.items()}
             if predict:
                 values.update(self._outputs(result.output))
@@ -107,12 +122,35 @@ class EagerEngine:
             arrays = self._place.run(inputs, forward)
         except (ReducerError, SteeringError) as error:
             raise InvalidArgument(str(error)) from error
+        finally:
+            extractor.release()
+        if any(stopped):
+            deepest = max(self._order[tap.layer] for tap in taps)
+            self.on_stopped(1 - (deepest + 1) / (max(self._order.values()) + 1))
         features = {tap: arrays.pop(tap) for tap in names}
         return {name: array for name, array in arrays.items() if isinstance(name, str)}, features
 
+    def _extractor(self, names: tuple[str, ...], predict: bool) -> FeatureExtractor:
+        """Return an extractor for the taps `names`, kept for the next batch: making one takes up to milliseconds."""
+        found = self._extractors.pop((names, predict), None) or FeatureExtractor(
+            self._module, names, known=self._known, clone=self._clone, predictions=predict
+        )
+        self._extractors[names, predict] = found
+        if len(self._extractors) > _EXTRACTORS_KEPT:
+            self._extractors.popitem(last=False)
+        return found
+
+    def _hook_count(self) -> int:
+        doubled = hook_count(self._explained) if isinstance(self._explained, nn.Module) else 0
+        return hook_count(self._module) + doubled
+
+    def given(self, inputs: Inputs) -> set[str]:
+        """Return the names of the layers that give a value in one forward of `inputs`."""
+        return names_given(self._module, to_tensors(inputs, self.manifest.inputs, self._place.device))
+
     def plan(self, edit: Edit, request: Request) -> Planned:
         """Return `edit` as it is made in this model; SteeringError for one that can't be."""
-        return plan(self._module, self._manifest.layers_by_path, edit, request)
+        return plan(self._module, self.manifest.layers_by_path, edit, request)
 
     def explain(
         self, inputs: Inputs, method: str, targets: int | Sequence[int] | None, progress: Progress, **arguments: Any
@@ -123,10 +161,10 @@ class EagerEngine:
         """
         if isinstance(self._explained, Exception):
             raise InvalidArgument(f"this model can't be explained, since its module can't be copied: {self._explained}")
-        tensors = to_tensors(inputs, self._manifest.inputs, self._place.device)
+        tensors = to_tensors(inputs, self.manifest.inputs, self._place.device)
         try:
             of = ExplainInputs(tensors, arguments.get("of")).of
-            mask = token_mask(self._manifest.inputs, {of: tensors[of]})
+            mask = token_mask(self.manifest.inputs, {of: tensors[of]})
             return explain(self._explained, tensors, method, targets, token_mask=mask, progress=progress, **arguments)
         except (ExplainError, LayerError) as error:
             raise InvalidArgument(str(error)) from error
@@ -137,8 +175,8 @@ class EagerEngine:
         return self._outputs(result)
 
     def _outputs(self, result: object) -> dict[str, Tensor]:
-        named = by_name(result, self._manifest.outputs)
-        return as_declared(named, self._manifest.outputs) if self._precision == "bf16" else named
+        named = by_name(result, self.manifest.outputs)
+        return as_declared(named, self.manifest.outputs) if self._precision == "bf16" else named
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # A cache of converted weights would be part of a captured graph, and gone when it is replayed.

@@ -1,5 +1,6 @@
 """Engine on ONNX Runtime."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -12,6 +13,9 @@ from layercast.models.onnx_runtime import onnxruntime
 from layercast.server.engines import place
 from layercast.server.engines.base import EngineError, Inputs, Outputs, in_memory, not_loaded
 from layercast.server.engines.place import OnCard, Tensors
+
+CPU: Final = ("CPUExecutionProvider",)
+"""ONNX Runtime's providers where there is no card."""
 
 _BFLOAT16: Final = 16
 """Of onnx.TensorProto.DataType; numpy has no such type."""
@@ -34,25 +38,11 @@ class OnnxEngine:
         if name == "onnx-int8" and device.type != "cpu":
             raise EngineError('engine onnx-int8 runs on the CPU; set device = "cpu" for this model')
         self.name: str = name
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Idle threads that spin would take the CPU from the event loop.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         content = manifest.read_verified(directory, manifest.programs[name])
         where = place.at(device, manifest.inputs) if device.type == "cuda" else None
         self._place = where if isinstance(where, OnCard) else None
-        providers = self._place.card.providers(self._place.computing) if self._place else ["CPUExecutionProvider"]
-        with in_memory(content) as path:
-            try:
-                self._session = onnxruntime.InferenceSession(path, options, providers=providers)
-            except Exception as error:  # its exceptions share no class of their own
-                raise not_loaded(manifest.programs[name], error, path) from error
-        # Asked for a provider that it can't load, ONNX Runtime falls back to the CPU without an error.
-        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
-        if self._session.get_providers()[0] != wanted:
-            raise EngineError(f"ONNX Runtime has no working {wanted}; it would run on the CPU unasked")
+        providers = self._place.card.providers(self._place.computing) if self._place else CPU
+        self._session = open_session(content, manifest.programs[name], threads, providers)
         self.device = device.type
         self._specs = manifest.outputs
         self._outputs = [spec.name for spec in manifest.outputs]
@@ -97,3 +87,25 @@ def _buffer(tensor: Tensor) -> dict[str, Any]:
         "shape": tuple(tensor.shape),
         "buffer_ptr": tensor.data_ptr(),
     }
+
+
+def open_session(
+    content: bytes, program: str, threads: int, providers: Sequence[Any] = CPU
+) -> "onnxruntime.InferenceSession":
+    """Return ONNX Runtime's session of the model in `content`; EngineError names it `program`."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Idle threads that spin would take the CPU from the event loop.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with in_memory(content) as path:
+        try:
+            session = onnxruntime.InferenceSession(path, options, providers=list(providers))
+        except Exception as error:  # its exceptions share no class of their own
+            raise not_loaded(program, error, path) from error
+    # Asked for a provider that it can't load, ONNX Runtime falls back to the CPU without an error.
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if session.get_providers()[0] != wanted:
+        raise EngineError(f"ONNX Runtime has no working {wanted}; it would run on the CPU unasked")
+    return session

@@ -1,6 +1,7 @@
 """What both services share: find the model, run the rows, count the request, whatever its end."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from layercast.proto.codec import CodecError, Tensor
 from layercast.proto.messages import InferParameter
 from layercast.proto.tensors import memory_dtype
 from layercast.server.errors import DeadlineCancelled, InvalidArgument, ServingError
-from layercast.server.layers import check_size, reduced_datatype
+from layercast.server.layers import check_feature_bytes, check_size, reduced_datatype
 from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.model import ServedModel
 from layercast.server.monitor import Kind, Spent
@@ -26,7 +27,7 @@ from layercast.server.service import scopes
 from layercast.server.service.call import Call
 from layercast.server.service.requests import Wanted, join, token_length
 from layercast.server.service.terms import NO_PARAMETERS, terms_of
-from layercast.server.work import Answer, Array, Tap
+from layercast.server.work import Answer, Array, Tap, Terms
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,11 +80,12 @@ class Counting:
     A class, since a generator that is made a context manager costs every request three times as much.
     """
 
-    __slots__ = ("_kind", "_model", "_timer")
+    __slots__ = ("_kind", "_late", "_model", "_timer")
 
-    def __init__(self, model: ServedModel, kind: Kind) -> None:
+    def __init__(self, model: ServedModel, kind: Kind, late: float) -> None:
         self._model = model
         self._kind = kind
+        self._late = late
         self._timer = Timer()
 
     def __enter__(self) -> Timer:
@@ -97,17 +99,17 @@ class Counting:
         model.monitor.inflight.add(-1)
         if error is None:
             model.monitor.succeeded(self._kind, timer.spent())
-        elif code := _code_of(error):
+        elif code := self._code(error):
             model.monitor.failed(self._kind, code, timer.elapsed())
 
-
-def _code_of(error: BaseException) -> str:
-    """Return the status that a request with this end is counted under, "" for what ends the whole process."""
-    if isinstance(error, ServingError):
-        return error.code.name
-    if isinstance(error, asyncio.CancelledError):
-        return "DEADLINE_EXCEEDED" if isinstance(error, DeadlineCancelled) else "CANCELLED"
-    return "INTERNAL" if isinstance(error, Exception) else ""
+    def _code(self, error: BaseException) -> str:
+        """Return the status that a request with this end is counted under, "" for what ends the whole process."""
+        if isinstance(error, ServingError):
+            return error.code.name
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            over = isinstance(error, DeadlineCancelled) or asyncio.get_running_loop().time() >= self._late
+            return "DEADLINE_EXCEEDED" if over else "CANCELLED"
+        return "INTERNAL" if isinstance(error, Exception) else ""
 
 
 class Answering:
@@ -126,9 +128,13 @@ class Answering:
             self._metrics.requests.labels(UNKNOWN, UNKNOWN, kind, error.code.name).inc()
             raise
 
-    def counted(self, model: ServedModel, kind: Kind) -> "Counting":
-        """Count the request that the body answers, by its end: answered, refused, failed or abandoned."""
-        return Counting(model, kind)
+    def counted(self, model: ServedModel, kind: Kind, late: float = math.inf) -> "Counting":
+        """Count the request that the body answers, by its end: answered, refused, failed or abandoned.
+
+        `late` is for a body that is not told why it ends: cancelled or closed from then on, on the event loop's clock,
+        it is because its deadline is over.
+        """
+        return Counting(model, kind, late)
 
     async def run(
         self,
@@ -144,19 +150,29 @@ class Answering:
 
         `parameters` are the request's: `priority` and `timeout` say how its rows wait. `edits` change layers for them.
         """
-        if wanted.outputs:
-            scopes.require(scopes.PREDICT, to="asking for outputs")
-        if wanted.layers:
-            scopes.require(scopes.FEATURES, to="asking for layers")
+        permit(model, inputs, rows, wanted)
         manifest = model.manifest
-        terms = terms_of(call, parameters)
-        taps = tuple(dict.fromkeys(asked.tap for asked in wanted.layers))
-        check_size(manifest, taps, rows, token_length(manifest, inputs), self.max_bytes, wanted.outputs)
+        check_size(manifest, wanted.taps, rows, token_length(manifest, inputs), self.max_bytes, wanted.outputs)
+        return await self.run_permitted(model, inputs, rows, wanted, terms_of(call, parameters), edits)
+
+    async def run_permitted(
+        self,
+        model: ServedModel,
+        inputs: Mapping[str, Array],
+        rows: int,
+        wanted: Wanted,
+        terms: Terms,
+        edits: tuple[Planned, ...] = (),
+    ) -> Answered:
+        """Run rows of a request that was permitted and whose answer was found to be not too large."""
+        manifest, taps = model.manifest, wanted.taps
         if rows == 0:
             return Answered(_named(manifest, wanted, [_empty(manifest, taps)]), 0, 0, 0)
         answers = await model.run(inputs, rows, taps, bool(wanted.outputs), terms, edits)
-        model.monitor.tapped(len(taps))
-        return timed(_named(manifest, wanted, answers), answers)
+        tensors = _named(manifest, wanted, answers)
+        layers = {asked.name for asked in wanted.layers}
+        model.monitor.tapped(len(taps), sum(values.nbytes for name, _, values in tensors if name in layers))
+        return timed(tensors, answers)
 
 
 def timed(tensors: list[Tensor], answers: Sequence[Answer]) -> Answered:
@@ -170,6 +186,16 @@ def timed(tensors: list[Tensor], answers: Sequence[Answer]) -> Answered:
         sum(answer.compute_ns for answer in answers),
         max(answer.batch_rows for answer in answers),
     )
+
+
+def permit(model: ServedModel, inputs: Mapping[str, Array], rows: int, wanted: Wanted) -> None:
+    """Raise PermissionDenied unless the caller may have what is wanted, ResourceExhausted when that is too much."""
+    if wanted.outputs:
+        scopes.require(scopes.PREDICT, to="asking for outputs")
+    if wanted.layers:
+        scopes.require(scopes.FEATURES, to="asking for layers")
+        length = token_length(model.manifest, inputs)
+        check_feature_bytes(model.manifest, wanted.taps, rows, length, model.loaded.settings)
 
 
 @contextmanager

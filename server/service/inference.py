@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-from layercast.models.manifest import Manifest
 from layercast.proto.codec import decode_inputs, fill_outputs, is_typed
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
 from layercast.server.errors import ResourceExhausted
@@ -63,7 +62,7 @@ class InferenceService:
             if call.size < LARGE and (found := plain.inputs(request)):
                 await self._answer_plain(response, request, model, plain, found, call, timer)
                 return
-            asked = await off_loop(call.size, self._decode, model.manifest, request)
+            asked = await off_loop(call.size, self._decode, model, request)
             timer.decoded()
             answered = await self._answering.run(
                 model, asked.inputs, asked.rows, asked.wanted, call, request.parameters
@@ -90,7 +89,8 @@ class InferenceService:
         plain.fill(response, request, answers)
         _tell_times(response, answered)
 
-    def _decode(self, manifest: Manifest, request: ModelInferRequest) -> _Asked:
+    def _decode(self, model: ServedModel, request: ModelInferRequest) -> _Asked:
+        manifest = model.manifest
         check_parameters(request)
         with decoding():
             inputs = decode_inputs(request)
@@ -98,7 +98,7 @@ class InferenceService:
         return _Asked(
             inputs,
             rows,
-            resolve_outputs(manifest, [output.name for output in request.outputs]),
+            resolve_outputs(manifest, [output.name for output in request.outputs], model.loaded.settings),
             resolve_classes(manifest, request.outputs, rows, self._answering.max_bytes),
             is_typed(request) and not asks_raw(request),
             warnings(manifest, inputs),

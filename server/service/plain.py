@@ -11,8 +11,8 @@ import numpy as np
 from layercast.models.manifest import Manifest, TensorSpec
 from layercast.proto.codec import DATATYPES, tensor_bytes
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
-from layercast.server.layers import answer_size
-from layercast.server.service.requests import Wanted, join, resolve_outputs
+from layercast.server.layers import ENVELOPE, answer_bytes
+from layercast.server.service.requests import join
 from layercast.server.work import Answer, Array
 
 # The others take more than a view of their bytes: a conversion, or a look at each element.
@@ -35,13 +35,12 @@ class Plain:
     """
 
     def __init__(self, manifest: Manifest, limit: int, largest: int) -> None:
-        self.wanted = resolve_outputs(manifest, ())
         self._name, self._version = manifest.name, str(manifest.version)
         self._outputs = [(spec.name, spec.datatype) for spec in manifest.outputs]
         specs = (*manifest.inputs, *manifest.outputs)
         self._possible = all(spec.datatype in _VIEWED and not spec.dynamic_dimensions() for spec in specs)
         self._inputs = [_input(spec) for spec in manifest.inputs] if self._possible else []
-        self._most_rows = _most_rows(manifest, self.wanted, limit, largest) if self._possible else 0
+        self._most_rows = _most_rows(manifest, limit, largest) if self._possible else 0
 
     def inputs(self, request: ModelInferRequest) -> tuple[dict[str, Array], int] | None:
         """Return the inputs by name, as views, and how many rows they have; None for any other kind of request."""
@@ -69,9 +68,9 @@ class Plain:
             response.raw_output_contents.append(tensor_bytes(values, datatype))
 
 
-def _most_rows(manifest: Manifest, wanted: Wanted, limit: int, largest: int) -> int:
-    empty, one = (answer_size(manifest, (), rows, None, wanted.outputs) for rows in (0, 1))
-    return min(limit - empty, largest) // (one - empty)
+def _most_rows(manifest: Manifest, limit: int, largest: int) -> int:
+    row = answer_bytes(manifest, (), 1, None, [spec.name for spec in manifest.outputs])
+    return min(limit - ENVELOPE, largest) // row
 
 
 def _input(spec: TensorSpec) -> _Input:
