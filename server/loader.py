@@ -12,12 +12,13 @@ from typing import Final
 
 import torch
 
-from layercast.models.artefact import NO_TRUST, golden, refusal
+from layercast.models.artefact import NO_TRUST, Golden, golden, refusal
 from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import Manifest
 from layercast.server import memory, tapping
 from layercast.server.engines import cuda
-from layercast.server.engines.base import Engine, EngineError, Inputs
+from layercast.server.engines.base import Engine, EngineError, Inputs, Tapping
+from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.selection import Engines, golden_rows, select
 from layercast.server.engines.source import Source
 from layercast.server.errors import OutOfMemory
@@ -70,13 +71,7 @@ def load(
         program = tapping.program(directory, manifest, devices[0], own, reads)
     every = (first, *others)
     readers = [tapping.chosen(engines.eager, program, recorded) for engines in every]
-    note = ""
-    if source.untrusted:
-        manifest, note = tapping.without_module(manifest, readers[0], source.untrusted)
-        logger.warning("%s: %s", manifest.name, note)
-    if first.eager:
-        manifest = without_silent(manifest, first.eager, recorded.inputs)
-    manifest = restricted(manifest, settings)
+    manifest, note = _shown(source, first.eager, readers[0], recorded, settings)
     for engines in every:
         for engine in engines.fast.values():
             _warm_up(engine, golden_rows(recorded, settings.max_batch), settings.max_batch)
@@ -90,6 +85,19 @@ def load(
     memory.release()  # of what was read, and of engines that run nothing
     seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
     return Loaded(manifest, settings, runners, own, seconds, warmup_ms, note, str(choice), inline, cards)
+
+
+def _shown(
+    source: Source, eager: EagerEngine | None, reader: Tapping | None, recorded: Golden, settings: ModelSettings
+) -> tuple[Manifest, str]:
+    """Return the manifest with just the layers available that may be asked for, and a note on those that are not."""
+    manifest, note = source.manifest, ""
+    if source.untrusted:
+        manifest, note = tapping.without_module(manifest, reader, source.untrusted)
+        logger.warning("%s: %s", manifest.name, note)
+    if eager:
+        manifest = without_silent(manifest, eager, recorded.inputs)
+    return restricted(manifest, settings), note
 
 
 @contextmanager
