@@ -116,6 +116,19 @@ def test_graphs_are_recorded_largest_first_after_forwards_that_are_none(artefact
     assert cards[0].log.count("capture: record a graph") == 3
 
 
+@pytest.mark.parametrize(
+    ("max_batch", "sizes"),
+    [(1, [1]), (20, [1, 2, 4, 8, 12, 16, 20]), (500, [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128])],
+)
+def test_graphs_have_sizes_up_to_the_largest_batch_in_small_steps(artefact, cards, max_batch, sizes):
+    engine = eager(tiny.module(1), artefact, max_batch)
+    x = np.resize(tiny.ROWS, (max_batch, 10))
+    fitting = [engine._graphs.fitting({"x": x[:rows]}) for rows in range(1, max_batch + 1)]
+    assert sorted({graph.rows for graph in fitting if graph}) == sizes
+    for rows, graph in enumerate(fitting, 1):
+        assert graph is None if rows > 128 else graph.rows == min(size for size in sizes if size >= rows)
+
+
 def test_rows_that_a_graph_has_too_many_repeat_a_real_one(artefact, cards):
     engine = eager(tiny.module(1), artefact)
     engine.run({"x": tiny.ROWS})

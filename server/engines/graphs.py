@@ -22,6 +22,10 @@ _WARM: Final = 3
 """Forwards before a capture, in which libraries choose their kernels and take their workspaces."""
 
 
+_ROWS: Final = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Sizes of graphs. Steps of a half bound what spare rows cost; larger batches compute longer than they launch."""
+
+
 class NotCaptured(Exception):
     """A model's forward can't be recorded; the text says why."""
 
@@ -52,13 +56,16 @@ def capture(
     buckets: Buckets,
     agree: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], bool],
 ) -> Graphs:
-    """Record `forward` for every bucket, and let each graph reproduce, as far as `agree` wants, other inputs' outputs.
+    """Record `forward` for batches of `buckets`, in finer steps and up to 128 rows.
 
+    Each graph must reproduce, as far as `agree` wants, the outputs of other inputs than it was recorded with.
     NotCaptured when a forward can't be recorded, or its graph gives other outputs: then it computes on the host with
     what it is given, and a graph would repeat what came of the values it was recorded with.
     """
     _check_sizes(specs, outputs)
     card, graphs = place.card, {}
+    most = min(buckets.rows[-1], _ROWS[-1])
+    buckets = Buckets((*(rows for rows in _ROWS if rows < most), most), buckets.lengths)
     # One stream and one pool, the largest first: a graph then needs no memory beside that of those before. They never
     # run at the same time, and what one gave is fetched before the next runs.
     stream, pool = card.capture_stream(), card.pool()
