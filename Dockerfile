@@ -24,11 +24,11 @@ COPY proto proto
 COPY models models
 COPY client client
 COPY server server
-RUN pip install -c constraints/cpu.txt ".[server]"
+RUN pip install -c constraints/cpu.txt ".[server,gpu]"
 
 # The exporters are needed once, here, and not in the image.
 FROM build AS export
-RUN pip install -c constraints/cpu.txt ".[server,export]" && layercast export --all --output /models
+RUN pip install -c constraints/cpu.txt ".[server,gpu,export]" && layercast export --all --output /models
 
 FROM python:${PYTHON_VERSION}-slim
 # By number: Kubernetes cannot tell that a named user is not root.
