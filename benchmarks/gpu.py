@@ -106,7 +106,8 @@ async def _served(model: ServedModel, size: int) -> None:
     print(f"in process, {size} rows: {size / alone:,.0f} rows/s, {alone * 1e6:,.0f} us a batch")
     print(
         f"through the batcher, single rows: {inferences / wall:,.0f} rows/s in batches of {inferences / batches:.1f}, "
-        f"{wall / batches * 1e6:,.0f} us a batch, of which a processor works {processor / batches * 1e6:,.0f} us"
+        f"{wall / batches * 1e6:,.0f} us a batch: the server adds {(wall / batches - alone) * 1e6:,.0f} us; "
+        f"a processor works {processor / batches * 1e6:,.0f} us"
     )
 
 
