@@ -135,7 +135,7 @@ install_triton_client() { # apart from .venv: its dependencies (ml-dtypes, proto
 
 case "$kind" in
     serve) extras=server,export; good="stamp-serve stamp-dev" ;;
-    dev) extras=server,export,dev; good=stamp-dev ;;
+    dev) extras=server,export,envoy,dev; good=stamp-dev ;;
     *) die "usage: scripts/setup.sh [serve|dev]" ;;
 esac
 # shellcheck disable=SC2086 # a list of stamps
