@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import hosting
 import numpy as np
 import pytest
 from test_server_inference import offline, request, rows_for, values_of
@@ -58,6 +59,8 @@ def serving(repository: Path | None, *options: str, patch: str = "") -> Iterator
     command = [sys.executable, *program, "serve", *options]
     if repository:
         command += ["--repository", str(repository)]
+    if hosting.envoy:
+        command += ["--front-end", "envoy"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LAYERCAST_")}
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     watchdog = threading.Timer(120, popen.kill)

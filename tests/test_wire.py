@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import hosting
 import numpy as np
 import pytest
 from grpc_health.v1 import health
@@ -171,7 +172,9 @@ def test_oversized_headers_are_refused(served, size):
     method = INFERENCE["ServerLive"]
     with grpc.insecure_channel(served.url) as channel, pytest.raises(grpc.RpcError) as raised:
         channel.unary_unary(method.path)(b"", timeout=10, metadata=(("x-large", "a" * size),))
-    assert raised.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
+    # Envoy resets the call.
+    refusal = grpc.StatusCode.INTERNAL if hosting.envoy else grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert raised.value.code() in (refusal, grpc.StatusCode.UNAVAILABLE)
 
 
 def test_headers_that_hold_a_long_token_pass(served):
@@ -183,7 +186,9 @@ def test_headers_that_hold_a_long_token_pass(served):
 
 
 def test_rpcs_that_nobody_offers_are_unimplemented_and_counted_under_one_name(served):
-    for path in ("/inference.GRPCInferenceService/Nonsense", "/nobody/At/All", "/x\x1b[31m/y"):
+    # HTTP does not allow the last, and Envoy doesn't pass it on.
+    paths = ["/inference.GRPCInferenceService/Nonsense", "/nobody/At/All", "/x\x1b[31m/y"]
+    for path in paths[: 2 if hosting.envoy else 3]:
         with pytest.raises(grpc.RpcError, match="this server has no RPC") as raised:
             served.channel.unary_unary(path)(b"", timeout=10)
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED

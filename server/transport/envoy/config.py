@@ -20,6 +20,8 @@ _HTTP: Final[dict[str, Any]] = {
         "max_concurrent_streams": 1024,
         "initial_stream_window_size": _BUFFER,
         "initial_connection_window_size": 16 * _BUFFER,
+        # A header that HTTP does not allow costs its own call, not all those of the connection.
+        "override_stream_error_on_invalid_http_message": True,
         "connection_keepalive": {"interval": "60s", "timeout": "20s"},
     },
 }

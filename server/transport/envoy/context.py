@@ -170,8 +170,11 @@ class EnvoyContext:
         return framed(raw)
 
     async def _flushed(self, event: Event) -> None:
+        # A future; an error where the caller has left before. Pyvoy sets its result also when nobody waits any more.
+        sending = asyncio.ensure_future(self._send(event))
+        sending.add_done_callback(asyncio.Future.exception)
         try:
-            await asyncio.shield(self._send(event))
+            await asyncio.shield(sending)
         except OSError:  # pyvoy's ClientDisconnectedError
             self.cause = Cause.GONE
             raise asyncio.CancelledError from None

@@ -65,7 +65,7 @@ def run_envoy(config: dict[str, Any], carried: Any) -> NoReturn:
 
     changed = _environment()
     before = {name: os.environ.get(name) for name in changed}
-    environment = {**os.environ, **changed, _CARRIED: json.dumps([carried, before], default=str)}
+    environment = {**os.environ, **changed, _CARRIED: json.dumps([carried, before, sys.executable], default=str)}
     block_signals()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -76,8 +76,8 @@ def run_envoy(config: dict[str, Any], carried: Any) -> NoReturn:
 
 
 def carried_here() -> Any:
-    """Return, inside Envoy, what `run_envoy` was given, and put the environment back as it was before."""
-    carried, before = json.loads(os.environ.pop(_CARRIED))
+    """Return, inside Envoy, what `run_envoy` was given; environment and `sys.executable` are what they were there."""
+    carried, before, sys.executable = json.loads(os.environ.pop(_CARRIED))
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)
