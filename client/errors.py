@@ -113,6 +113,8 @@ _HANDSHAKES = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted here; name the authority with ca= (`--ca`)",
     "WRONG_VERSION_NUMBER": "it does not speak TLS; leave out tls, ca and certificate",
     "handshake failed": "the two could not agree on TLS",
+    # Envoy's refusal comes after the handshake, as TLS 1.3 allows.
+    "Unwrap failed": "it broke the connection off; it may want a certificate of its callers (certificate=, key=)",
     "Socket closed": "it closed the connection; it may want TLS (ca=, `--ca`), or a certificate of its callers",
 }
 
