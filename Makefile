@@ -4,7 +4,7 @@ PACKAGES := proto models server client
 TYPED := $(addprefix build/typed/layercast/,$(PACKAGES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test soak fuzz overload check format proto clean
+.PHONY: help setup serve test soak fuzz overload bench check format proto clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ overload: ## goodput, latency and probes at ten times a model's capacity; ARGS="
 	@scripts/setup.sh dev
 	$(PYTHON_BIN) benchmarks/overload.py $(ARGS)
 
+bench: ## rates and ratios beside peers, in turn; ARGS="--peers DIR --rounds 3 --json FILE"
+	@scripts/setup.sh dev
+	$(PYTHON_BIN) benchmarks/side_by_side.py $(ARGS)
+
 check: $(TYPED) ## lint, formatting, types, Dockerfile
 	@scripts/setup.sh dev
 	$(PYTHON_BIN) -m ruff check .
@@ -50,7 +54,7 @@ proto: ## generate the descriptors and message types from the .proto files
 	@scripts/setup.sh dev
 	$(PYTHON_BIN) -m layercast.proto.generate
 
-clean: ## remove build outputs and caches; `rm -rf .venv .venv-tritonclient` removes the environments
+clean: ## remove build outputs and caches; `rm -rf .venv*` removes the environments
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -16,13 +16,15 @@ from layercast.client.errors import (
     Unavailable,
     Unimplemented,
 )
-from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata, TensorInfo
+from layercast.client.types import ExplainOptions, Explanation, LayerInfo, ModelInfo, ModelMetadata, TensorInfo, Timing
 
 __all__ = [
     "AsyncClient",
     "Cancelled",
     "Client",
     "DeadlineExceeded",
+    "ExplainOptions",
+    "Explanation",
     "FailedPrecondition",
     "InternalError",
     "InvalidArgument",
@@ -34,6 +36,7 @@ __all__ = [
     "PermissionDenied",
     "ResourceExhausted",
     "TensorInfo",
+    "Timing",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

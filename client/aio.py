@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, Unpack, overload
 
 import grpc
 import grpc.aio
@@ -16,10 +16,11 @@ from layercast.client.connection import (
     Deadline,
 )
 from layercast.client.errors import LayercastError, from_status
+from layercast.client.explaining import Targets
 from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
 from layercast.client.translation import Inputs
-from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata
+from layercast.client.types import ExplainOptions, Explanation, LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray
 
 
@@ -111,6 +112,25 @@ class AsyncClient:
     ) -> dict[str, AnyArray]:
         """See `Client.features`."""
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
+        return await self._run(steps, timeout)
+
+    async def explain(
+        self,
+        model: str,
+        inputs: Inputs,
+        method: str = "integrated-gradients",
+        targets: Targets = None,
+        *,
+        output: str | None = None,
+        input: str | None = None,
+        version: str = "",
+        timeout: float | None = None,
+        id: str = "",
+        **options: Unpack[ExplainOptions],
+    ) -> Explanation:
+        """See `Client.explain`."""
+        named = output, input
+        steps = self._operations.explain(model, inputs, method, targets, named, version, id, options)
         return await self._run(steps, timeout)
 
     async def layers(

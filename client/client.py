@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, Unpack, overload
 
 import grpc
 
@@ -14,10 +14,11 @@ from layercast.client.connection import (
     Deadline,
 )
 from layercast.client.errors import LayercastError, from_status
+from layercast.client.explaining import Targets
 from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
 from layercast.client.translation import Inputs
-from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata
+from layercast.client.types import ExplainOptions, Explanation, LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray
 from layercast.proto.rpc import FEATURES, INFERENCE
 
@@ -28,6 +29,7 @@ class Client:
         with Client("localhost:8001") as client:
             logits = client.predict("mnist", images)                         # [N, 10]
             maps = client.features("mnist", images, "net.*", reduce="mean")  # {"net.0@mean": ..., ...}
+            why = client.explain("mnist", images, targets=7).attributions    # of the images' shape
 
     `timeout` is in seconds and covers a whole call; None waits for ever. A method's own `timeout` goes before it.
     `max_message_bytes` bounds requests and answers.
@@ -138,9 +140,51 @@ class Client:
         """What layers inside the model computed for these rows, by layer name.
 
         `layers` are globs over the paths that `layers()` lists, each with an optional `@reducer` (`net.*@mean`);
-        `reduce` is the reducer for those without. `outputs` adds outputs of the model from the same forward.
+        `reduce` is the reducer for those without: none, mean, max, cls, last, flatten, norm, fp16 or proj64, or several
+        joined by @. `outputs` adds outputs of the model from the same forward; without them it stops after the deepest
+        layer. The batch is dimension 0 of every array, the dtype is the layer's own or the reducer's. A glob that
+        selects nothing and a reducer that does not fit are InvalidArgument; ResourceExhausted when the answer would not
+        fit into a message: send fewer rows or layers, or reduce.
         """
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
+        return self._run(steps, timeout)
+
+    def explain(
+        self,
+        model: str,
+        inputs: Inputs,
+        method: str = "integrated-gradients",
+        targets: Targets = None,
+        *,
+        output: str | None = None,
+        input: str | None = None,
+        version: str = "",
+        timeout: float | None = None,
+        id: str = "",
+        **options: Unpack[ExplainOptions],
+    ) -> Explanation:
+        """How much each value of the inputs counts for what the model answers, row by row.
+
+        `method` is saliency, input-x-gradient, smoothgrad, integrated-gradients, gradcam, occlusion or
+        attention-rollout. `targets` is the class index to explain: one for all rows, one for each, or None for each
+        row's largest output. `output` names the output that is explained (the first), `input` the input (the only
+        float one, or the first). Token ids are explained through the Embedding that takes them.
+
+        Options by name, each of some methods; what is left out is the method's default:
+        `layer` (gradcam: a pattern that selects one layer; attention-rollout: one over the attention layers), `steps`
+        (integrated-gradients), `baseline` (integrated-gradients, occlusion: a constant, for token ids a token id),
+        `samples`, `noise` and `seed` (smoothgrad), `window` and `stride` (occlusion: one size, or one for each
+        dimension that the window slides along), `upsample` (gradcam: False for a map of the layer's own size), `pool`
+        (attention-rollout: mean, cls or last) and `residual` (its share of the residual connection).
+
+        The answer's `attributions` have the input's shape; [N, T] for token ids; [N, H, W] for gradcam: see
+        `Explanation`. A method, option, layer or target that does not fit is InvalidArgument with the nearest one;
+        Unavailable when too many explanations wait. Papers: Simonyan et al. 2014 (saliency), Smilkov et al. 2017
+        (smoothgrad), Sundararajan et al. 2017 (integrated gradients), Selvaraju et al. 2017 (Grad-CAM), Zeiler and
+        Fergus 2014 (occlusion), Abnar and Zuidema 2020 (attention rollout).
+        """
+        named = output, input
+        steps = self._operations.explain(model, inputs, method, targets, named, version, id, options)
         return self._run(steps, timeout)
 
     def layers(

@@ -29,6 +29,10 @@ COMMANDS: dict[str, Command] = {
         "ask a server what a model says about a picture, array or text", "layercast.client.commands.predict"
     ),
     "features": Command("ask a server what layers inside a model computed", "layercast.client.commands.features"),
+    "explain": Command("ask a server what in an input counts for its answer", "layercast.client.commands.explain"),
+    "embed": Command(
+        "write a layer's values for every file of a directory into one file", "layercast.client.commands.embed"
+    ),
     "layers": Command("list the layers of a model", "layercast.client.commands.layers"),
     "models": Command("list the models of a server", "layercast.client.commands.models"),
     "models show": Command(
@@ -41,7 +45,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 # Which extra brings a package; every other one comes with `server`.
-EXTRAS = {"PIL": "images", "onnx": "export", "onnxscript": "export"}
+EXTRAS = {"PIL": "images", "pyarrow": "parquet", "onnx": "export", "onnxscript": "export"}
 
 BAD_DATA, BAD_ARGUMENTS, INTERRUPTED = 1, 2, 130
 

@@ -4,17 +4,20 @@ An operation is a generator: it yields the RPC that it wants next, is sent the o
 returns the result. `Client` and `AsyncClient` differ only in how they carry the RPCs out.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from layercast.client.errors import InvalidArgument, LayercastError, NotFound, Unavailable
+from layercast.client.explaining import Targets, explanation_of, options_message, target_indices
 from layercast.client.translation import Inputs, decoding, encoding, metadata_of, named_inputs, only, taps
-from layercast.client.types import LayerInfo, ModelInfo, ModelMetadata
+from layercast.client.types import Explanation, LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray, decode_named, decode_outputs, fill_inputs, named_tensor
 from layercast.proto.messages import (
+    ExplainRequest,
+    ExplainResponse,
     ExtractRequest,
     ExtractResponse,
     ListLayersRequest,
@@ -101,6 +104,37 @@ class Operations:
         response: ExtractResponse = yield from self._with_model(Call(FEATURES["Extract"], request), metadata)
         with decoding(model):
             return decode_named([*response.layers, *response.outputs], kind="output", limit=None)
+
+    def explain(
+        self,
+        model: str,
+        inputs: Inputs,
+        method: str,
+        targets: Targets,
+        named: tuple[str | None, str | None],
+        version: str,
+        identifier: str,
+        options: Mapping[str, Any],
+    ) -> Steps[Explanation]:
+        """See `Client.explain`; `named` are the output and the input that are explained."""
+        asked = options_message(options)
+        metadata = yield from self._known(model, version)
+        output, of = named
+        request = ExplainRequest(
+            model_name=model,
+            model_version=version,
+            id=identifier,
+            method=method,
+            targets=target_indices(targets),
+            options=asked,
+            output=output or "",
+            input=of or "",
+        )
+        with encoding():
+            request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
+        response: ExplainResponse = yield from self._with_model(Call(FEATURES["Explain"], request), metadata)
+        with decoding(model):
+            return explanation_of(response)
 
     def layers(self, model: str, pattern: str, version: str) -> Steps[list[LayerInfo]]:
         """See `Client.layers`."""

@@ -31,23 +31,32 @@ def prepare(sources: Sequence[Source], metadata: ModelMetadata) -> AnyArray:
 
     Raises InputError that says which source is wrong and why.
     """
-    if len(metadata.inputs) != 1:
-        names = ", ".join(info.name for info in metadata.inputs)
-        raise InputError(f"model {metadata.name!r} has the inputs {names}; use the Python client, which takes a dict")
+    kind = kind_of(metadata)
     if not sources:
         raise InputError("nothing to send: pass at least one input")
     shape = metadata.inputs[0].shape
-    kind = (metadata.preprocessing or {}).get("kind")
     if kind == "text":
         return _text_batch(sources, metadata.preprocessing or {}, shape)
     if kind == "image":
         spec = PictureSpec.parse(metadata.preprocessing or {})
         batches = [_picture_rows(source, spec, shape) for source in sources]
-    elif kind is None:
-        batches = [complete(_array(_read(source), _name(source)), shape, _name(source)) for source in sources]
     else:
-        raise InputError(f"this client does not know preprocessing of kind {kind!r}; use the Python client")
+        batches = [complete(_array(_read(source), _name(source)), shape, _name(source)) for source in sources]
     return _joined(batches)
+
+
+def kind_of(metadata: ModelMetadata) -> str | None:
+    """What a model's only input is made from: image, text, or None for arrays.
+
+    Raises InputError for a model with several inputs, or preprocessing that is not known here.
+    """
+    if len(metadata.inputs) != 1:
+        names = ", ".join(info.name for info in metadata.inputs)
+        raise InputError(f"model {metadata.name!r} has the inputs {names}; use the Python client, which takes a dict")
+    kind = (metadata.preprocessing or {}).get("kind")
+    if kind not in ("image", "text", None):
+        raise InputError(f"this client does not know preprocessing of kind {kind!r}; use the Python client")
+    return kind
 
 
 def tokens(texts: Sequence[str], preprocessing: Mapping[str, Any]) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 kind=${1:-serve}
 venv=.venv
 triton_venv=.venv-tritonclient
+kserve_venv=.venv-kserve
 unfinished=$venv/.unfinished
 torch_index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 
@@ -133,6 +134,19 @@ install_triton_client() { # apart from .venv: its dependencies (ml-dtypes, proto
         -c constraints/tritonclient.txt 'tritonclient[grpc,http]' grpc-requests -e .
 }
 
+install_kserve_client() {
+    say "$kserve_venv with KServe's client"
+    "$venv/bin/python" -m venv --clear "$kserve_venv"
+    "$kserve_venv/bin/python" -m pip --disable-pip-version-check install -qq --no-compile -c constraints/kserve.txt kserve
+}
+
+install_stock_clients() { # side by side: most of the time goes into looking for versions
+    install_kserve_client &
+    kserve=$!
+    install_triton_client
+    wait "$kserve"
+}
+
 case "$kind" in
     serve) extras=server,export; good="stamp-serve stamp-dev" ;;
     dev) extras=server,export,envoy,dev; good=stamp-dev ;;
@@ -140,7 +154,10 @@ case "$kind" in
 esac
 # shellcheck disable=SC2086 # a list of stamps
 if stamped $good; then
-    if [ "$kind" = serve ] || [ -x "$triton_venv/bin/python" ]; then say "already set up ($venv)"; exit 0; fi
+    if [ "$kind" = serve ] || { [ -x "$triton_venv/bin/python" ] && [ -x "$kserve_venv/bin/python" ]; }; then
+        say "already set up ($venv)"
+        exit 0
+    fi
 fi
 make_venv
 rm -f "$venv"/stamp-*
@@ -151,6 +168,6 @@ trap 'exit 143' TERM HUP
 : >"$unfinished"
 install_torch
 install "$extras"
-if [ "$kind" = dev ]; then install_triton_client; fi
+if [ "$kind" = dev ]; then install_stock_clients; fi
 fingerprint >"$venv/stamp-$kind"
 say "done"

@@ -34,7 +34,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 MODEL_FILE = "layercast.toml"
 _PREFIX = "LAYERCAST_"
 # Read by other parts: the client, set-up scripts, tests.
-_OTHERS = re.compile(r"LAYERCAST_(URL|TOKEN|TRACEBACK|DATA|YES|TRITONCLIENT_PYTHON|TEST_\w+)\Z")
+_OTHERS = re.compile(r"LAYERCAST_(URL|TOKEN|TRACEBACK|DATA|YES|TEST_\w+)\Z")
 # What Kubernetes sets for a service called layercast, or layercast-and-more, in every pod beside it.
 _OF_KUBERNETES = re.compile(r"LAYERCAST_(\w+_)?(SERVICE_(HOST|PORT)|PORT_\d+_)")
 

@@ -130,8 +130,17 @@ def data_directory() -> Path:
 @pytest.fixture(scope="session")
 def stock_python() -> str:
     """The interpreter that has tritonclient; `make test` makes it."""
-    given = os.environ.get("LAYERCAST_TRITONCLIENT_PYTHON")
-    python = Path(given) if given else Path(__file__).parents[1] / ".venv-tritonclient" / "bin" / "python"
+    return _apart("tritonclient")
+
+
+@pytest.fixture(scope="session")
+def kserve_python() -> str:
+    """The interpreter that has KServe's client; `make test` makes it."""
+    return _apart("kserve")
+
+
+def _apart(name: str) -> str:
+    python = Path(__file__).parents[1] / f".venv-{name}" / "bin" / "python"
     if not python.is_file():
-        pytest.skip("needs .venv-tritonclient; scripts/setup.sh dev makes it")
+        pytest.skip(f"needs .venv-{name}; scripts/setup.sh dev makes it")
     return str(python)

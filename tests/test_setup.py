@@ -135,12 +135,15 @@ def test_the_second_run_does_nothing_and_says_so(with_local_wheel: Checkout) -> 
     assert "already set up" in result.stdout
 
 
-def test_development_adds_tools_and_the_triton_client(with_local_wheel: Checkout) -> None:
+def test_development_adds_tools_and_the_stock_clients(with_local_wheel: Checkout) -> None:
     with_local_wheel.setup("serve")
     with_local_wheel.forget()
     assert with_local_wheel.setup("dev", FAKE_TORCH="2.13.0+cpu").returncode == 0
-    package, triton = with_local_wheel.asked()
+    package, *clients = with_local_wheel.asked()
     assert package.endswith("-e .[server,export,dev]")
+    kserve, triton = sorted(clients)  # they are installed side by side
+    assert kserve.startswith(".venv-kserve/bin/python")
+    assert kserve.endswith("-c constraints/kserve.txt kserve")
     assert triton.startswith(".venv-tritonclient/bin/python")
     assert triton.endswith("-c constraints/tritonclient.txt tritonclient[grpc,http] grpc-requests -e .")
     for kind in ("serve", "dev"):

@@ -14,6 +14,7 @@ from layercast.client.preprocess import Source
 from layercast.client.types import ModelMetadata
 
 SAMPLES = Path(__file__).parent.parent / "samples"
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     url = os.environ.get("LAYERCAST_URL", DEFAULT_URL)
     parser.add_argument("--url", default=url, metavar="HOST:PORT", help="the server (LAYERCAST_URL; %(default)s)")
     parser.add_argument(
-        "--timeout", type=_seconds, default=DEFAULT_TIMEOUT, metavar="SECONDS", help="give up after (%(default)g)"
+        "--timeout", type=seconds, default=DEFAULT_TIMEOUT, metavar="SECONDS", help="give up after (%(default)g)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--tls", action="store_true", help="encrypt; the server's certificate must be trusted here")
@@ -122,7 +123,16 @@ def positive(text: str) -> int:
     return value
 
 
-def _seconds(text: str) -> float:
+def picture_path(text: str) -> Path:
+    """Argument type: where to write a picture, in a format that the ending names."""
+    path = Path(text)
+    if path.suffix.lower() not in PICTURE_ENDINGS:
+        raise argparse.ArgumentTypeError(f"{text} ends in none of {', '.join(PICTURE_ENDINGS)}")
+    return path
+
+
+def seconds(text: str) -> float:
+    """Argument type: a time from just above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")

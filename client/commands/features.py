@@ -3,7 +3,6 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,11 +11,13 @@ from layercast.client.commands.common import (
     add_server_arguments,
     chosen_inputs,
     connect,
+    picture_path,
     print_json,
     print_table,
+    row_names,
     shape_text,
 )
-from layercast.client.errors import InputError
+from layercast.client.files import save_arrays
 from layercast.client.preprocess import prepare
 from layercast.proto.codec import AnyArray
 
@@ -34,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reduce", metavar="REDUCER", help="none, mean, max, cls, last, flatten, norm, proj64 …")
     parser.add_argument("--output", type=Path, metavar="FILE.npz", help="save the arrays instead of printing a table")
+    parser.add_argument(
+        "--plot", type=picture_path, metavar="FILE.png", help="draw the values, a panel for each layer and row"
+    )
     add_server_arguments(parser)
 
 
@@ -41,12 +45,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Extract the layers for all inputs in one batch; print or save them."""
     with connect(arguments) as client:
         metadata = client.metadata(arguments.model, version=arguments.version)
-        batch = prepare(chosen_inputs(arguments, metadata), metadata)
+        sources = chosen_inputs(arguments, metadata)
+        batch = prepare(sources, metadata)
         arrays = client.features(
             arguments.model, batch, arguments.layers, reduce=arguments.reduce, version=arguments.version
         )
     if arguments.output is not None:
-        _save(arrays, arguments.output)
+        save_arrays(arrays, arguments.output)
+    if arguments.plot is not None:
+        # Late: a table or a file needs no Pillow.
+        from layercast.client.drawing import canvas, features
+
+        figure = features.figure(batch, arrays, row_names(sources, len(batch)), metadata.preprocessing)
+        canvas.save(figure, arguments.plot)
     if arguments.json:
         print_json(
             {
@@ -66,16 +77,3 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _mean(array: AnyArray) -> float:
     return float(array.astype(np.float64).mean()) if array.size and array.dtype.kind in "biuf" else math.nan
-
-
-def _save(arrays: dict[str, AnyArray], path: Path) -> None:
-    """Write beside the target first, so that a failure leaves no half file in its place."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            named: dict[str, Any] = dict(arrays)
-            np.savez(file, **named)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: {error.strerror}") from error

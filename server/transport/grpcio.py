@@ -18,7 +18,7 @@ _OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # The core's default, 300 s, answers clients that ping during a long call with GOAWAY too_many_pings.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # Calls of one connection at a time, calls that were reset and are not yet cleared away included: who opens and
     # resets without end gets no further. A call over it is refused; clients wait or try again by themselves. Twice
     # what one connection sensibly holds, since an answered call takes a moment to be cleared away.

@@ -4,13 +4,18 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import catalogue as catalogue_module
 import grpc
 import numpy as np
 import pytest
 
+from layercast.client.main import main
 from layercast.proto.messages import (
+    ExplainRequest,
+    ExplainResponse,
     ExtractRequest,
     ExtractResponse,
     Layer,
@@ -26,6 +31,7 @@ from layercast.proto.messages import (
     RepositoryIndexResponse,
     ServerLiveResponse,
     ServerReadyResponse,
+    Timing,
 )
 from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE_SERVICE, Method
 
@@ -59,6 +65,13 @@ MODELS: dict[str, tuple[Tensors, Tensors, dict[str, Any]]] = {
         [("sum", "FP32", [-1, 2]), ("difference", "FP32", [-1, 2])],
         {},
     ),
+    # Their layers hold what was sent: the mean and the largest value of each row.
+    "gallery": (
+        [("image", "FP32", [-1, 1, 28, 28])],
+        [("logits", "FP32", [-1, 10])],
+        {"preprocessing": IMAGE, "max_batch": 4},
+    ),
+    "essays": ([("tokens", "INT64", [-1, -1])], [("logits", "FP32", [-1, 2])], {"preprocessing": TEXT}),
     "typed": ([("x", "FP32", [-1])], [("y", "INT64", [-1])], {}),
     "malformed": ([("x", "FP32", [-1])], [("y", "FP32", [-1])], {}),
     "slow": ([("x", "FP32", [-1])], [("y", "FP32", [-1])], {}),
@@ -73,11 +86,14 @@ MODELS: dict[str, tuple[Tensors, Tensors, dict[str, Any]]] = {
 class FakeServer:
     """Answers by the tables above and keeps what it was asked. A model called `fail:CODE` fails with that status."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.models = dict(MODELS)
         self.requests: list[Any] = []
         self.headers: list[dict[str, Any]] = []
         self.released = threading.Event()
+        self.versions = ["2"]
+        # Called with every ExtractRequest; a status that it returns is the answer.
+        self.before: Callable[[ExtractRequest], grpc.StatusCode | None] = lambda request: None
         self._server = grpc.server(
             ThreadPoolExecutor(8), options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)]
         )
@@ -90,11 +106,12 @@ class FakeServer:
             "ModelInfer": self.model_infer,
             "ListLayers": self.list_layers,
             "Extract": self.extract,
+            "Explain": self.explain,
         }
         for service, methods in ((INFERENCE_SERVICE, INFERENCE), (FEATURES_SERVICE, FEATURES)):
             handlers = {name: self._handler(method, calls[name]) for name, method in methods.items() if name in calls}
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-        self.url = f"localhost:{self._server.add_insecure_port('localhost:0')}"
+        self.url = f"localhost:{self._server.add_insecure_port(f'localhost:{port}')}"
         self._server.start()
 
     def stop(self) -> None:
@@ -113,6 +130,8 @@ class FakeServer:
                 context.abort(grpc.StatusCode[name[5:]], f"the server's own text about {name}")
             if name and name not in self.models and method.name != "ModelReady":
                 context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: {name!r} is not found")
+            if isinstance(request, ExtractRequest) and (status := self.before(request)):
+                context.abort(status, f"the test wants {status.name}")
             return call(request)
 
         return grpc.unary_unary_rpc_method_handler(
@@ -136,7 +155,7 @@ class FakeServer:
 
     def model_metadata(self, request: ModelMetadataRequest) -> ModelMetadataResponse:
         inputs, outputs, properties = self.models[request.name]
-        response = ModelMetadataResponse(name=request.name, versions=["2"], platform="fake")
+        response = ModelMetadataResponse(name=request.name, versions=self.versions, platform="fake")
         for ours, declared in ((response.inputs, inputs), (response.outputs, outputs)):
             for name, datatype, shape in declared:
                 ours.add(name=name, datatype=datatype, shape=shape)
@@ -194,12 +213,41 @@ class FakeServer:
     def extract(self, request: ExtractRequest) -> ExtractResponse:
         rows = request.inputs[0].shape[0]
         response = ExtractResponse(model_name=request.model_name, id=request.id)
-        for tap in request.layers:
-            values = np.arange(rows * 3, dtype="<f2").reshape(rows, 3)
-            response.layers.append(NamedTensor(name=tap, datatype="FP16", shape=values.shape, data=values.tobytes()))
+        for tap in ["net.0", "net.1"] if list(request.layers) == ["*"] else request.layers:
+            values, datatype = np.arange(rows * 3, dtype="<f2").reshape(rows, 3), "FP16"
+            if request.model_name in ("gallery", "essays"):
+                (sent,) = request.inputs
+                flat = np.frombuffer(sent.data, DTYPES[sent.datatype]).reshape(rows, -1)
+                values, datatype = np.stack([flat.mean(axis=1), flat.max(axis=1)], axis=1).astype("<f4"), "FP32"
+            response.layers.append(NamedTensor(name=tap, datatype=datatype, shape=values.shape, data=values.tobytes()))
         for name in request.outputs:
             response.outputs.append(NamedTensor(name=name, datatype="BOOL", shape=[rows], data=b"\1" * rows))
         return response
+
+    def explain(self, request: ExplainRequest) -> ExplainResponse:
+        """A patch of a picture, or the last token, counts: for the score, or with occlusion against it."""
+        shape = list(request.inputs[0].shape)
+        values = np.zeros(shape, "<f4")
+        values[..., -1:] = 1
+        if len(shape) == 4:
+            values[:] = 0
+            values[:, :, 4:8, 10:14] = 1
+        if request.method == "gradcam":
+            values = values[:, 0]
+        if request.method == "occlusion":
+            values = -values
+        rows = shape[0]
+        given = list(request.targets)
+        return ExplainResponse(
+            model_name=request.model_name,
+            model_version="2",
+            id=request.id,
+            attributions=NamedTensor(datatype="FP32", shape=values.shape, data=values.tobytes()),
+            targets=given * rows if len(given) == 1 else given or [1] * rows,
+            delta=[0.5] * rows if request.method == "integrated-gradients" else [],
+            timing=Timing(queue_ns=1_000_000, compute_ns=2_000_000_000, batch_rows=rows),
+            warning="values beyond 0 to 1" if request.method == "saliency" else "",
+        )
 
 
 @pytest.fixture
@@ -207,3 +255,25 @@ def server() -> Iterator[FakeServer]:
     fake = FakeServer()
     yield fake
     fake.stop()
+
+
+@pytest.fixture
+def run(
+    server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process against the server; exit code, stdout and stderr."""
+    monkeypatch.setenv("LAYERCAST_URL", server.url)
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Path:
+    root = tmp_path / "catalogue"
+    catalogue_module.write(root)
+    return root

@@ -21,18 +21,6 @@ pytest.importorskip("PIL.Image", reason="Pillow comes with the images extra")
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def run(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("LAYERCAST_URL", server.url)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = program.main(list(arguments))
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def digit(number: int) -> str:
     return str(SAMPLES / f"digit-{number}.png")
 
@@ -226,7 +214,8 @@ def test_a_reader_that_leaves_is_no_error(server: Any) -> None:
 def test_the_client_is_light() -> None:
     program_text = (
         "import sys, layercast.client, layercast.client.main, layercast.client.commands.predict\n"
-        "heavy = {'torch', 'PIL', 'pydantic', 'prometheus_client', 'onnxruntime', 'layercast.server',"
+        "from layercast.client.commands import embed, explain, features\n"
+        "heavy = {'torch', 'PIL', 'matplotlib', 'pyarrow', 'pydantic', 'prometheus_client', 'onnxruntime', 'layercast.server',"
         " 'layercast.models'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
