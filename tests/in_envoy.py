@@ -54,7 +54,14 @@ def test(arguments: list[str], faults: list[dict[str, Any]]) -> None:
     code = 70
     try:
         # anyio, whose plugin for pytest nothing here uses, came with the server.
-        own = ("-p", "no:cacheprovider", "-o", "timeout_method=thread", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+        own = (
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "timeout_method=thread",
+            "-W",
+            "ignore::pytest.PytestAssertRewriteWarning",
+        )
         code = pytest.main([*own, *arguments])
         for fault in faults:
             print("on Envoy's loop:", fault.get("message"), repr(fault.get("exception")))
