@@ -35,13 +35,13 @@ class Adapter:
         self._interceptors = interceptors
         self._limit = max_bytes
         self._web = web
-        self._generic: list[grpc.GenericRpcHandler[Any, Any]] = []
+        self._generic: list[grpc.GenericRpcHandler] = []
         self._known: dict[str, Handler] = {}
         self._watching = Watching()
         self._running: set[asyncio.Task[Any] | None] = set()
         self._stopping = False
 
-    def add_generic_rpc_handlers(self, handlers: Sequence["grpc.GenericRpcHandler[Any, Any]"]) -> None:
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Answer RPCs with `handlers`; of several that take one, the first is asked."""
         self._generic += handlers
 
