@@ -79,7 +79,8 @@ class Adapter:
             await self._answer(call, scope["path"])
             self._watching.discard(call)
             await call.finish()
-            if self._stopping:
+            if self._stopping or call.is_large:
+                # Else a process that ends now would cut off what Envoy still holds for a slow reader.
                 await call.left()
         except (OSError, asyncio.CancelledError):  # pyvoy's ClientDisconnectedError is an OSError
             if call.cause is not Cause.GONE:

@@ -1,5 +1,6 @@
 """Envoy's configuration: one listener on both ports, limits as those of the other front end, and our application."""
 
+from pathlib import Path
 from typing import Any, Final
 
 from pyvoy import PyvoyServer
@@ -38,9 +39,9 @@ def envoy_config(settings: Settings, addresses: list[tuple[str, int]], entry: st
         entry,
         address=host,
         port=port,
-        tls_cert=settings.tls_certificate,
-        tls_key=settings.tls_key,
-        tls_ca_cert=settings.tls_client_ca,
+        tls_cert=_absolute(settings.tls_certificate),
+        tls_key=_absolute(settings.tls_key),
+        tls_ca_cert=_absolute(settings.tls_client_ca),
         tls_enable_http3=False,
         lifespan=True,
     ).get_envoy_config()
@@ -54,3 +55,7 @@ def envoy_config(settings: Settings, addresses: list[tuple[str, int]], entry: st
     listener["per_connection_buffer_limit_bytes"] = _BUFFER
     listener["filter_chains"][0]["filters"][-1]["typed_config"] |= _HTTP
     return config
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path and path.absolute()

@@ -21,7 +21,7 @@ Send = Callable[[Event], Awaitable[None]]
 _HEADERS: Final = ((b"content-type", b"application/grpc"), (b"grpc-accept-encoding", b"identity,gzip,deflate"))
 _START: Final[Event] = {"type": "http.response.start", "status": 200, "headers": _HEADERS, "trailers": True}
 _OK: Final[Event] = {"type": "http.response.trailers", "headers": [(b"grpc-status", b"0")]}
-# Inflating more than this would hold up other calls.
+# Inflating more than this would hold up other calls, and an answer of more may wait for its reader.
 _LARGE: Final = 64 << 10
 _NOT_METADATA: Final = frozenset((b"content-type", b"te", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding"))
 
@@ -124,6 +124,11 @@ class EnvoyContext:
         """Keep the one message of a call, which goes out with the end."""
         self._answer = self._framed(message)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the answer is more than Envoy passes on at once."""
+        return self._answer is not None and len(self._answer) > _LARGE
+
     async def finish(self) -> None:
         """Send the end: the answer if there is one, and the status."""
         send = self._send
@@ -142,7 +147,7 @@ class EnvoyContext:
 
     async def left(self) -> None:
         """Wait until Envoy has nothing more to send to the caller."""
-        while self.cause is not Cause.GONE:
+        while self.cause is None:
             self.look()
             await asyncio.sleep(0.01)
 

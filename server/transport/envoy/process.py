@@ -65,7 +65,10 @@ def run_envoy(config: dict[str, Any], carried: Any) -> NoReturn:
 
     changed = _environment()
     before = {name: os.environ.get(name) for name in changed}
-    environment = {**os.environ, **changed, _CARRIED: json.dumps([carried, before, sys.executable], default=str)}
+    kept = [carried, before, sys.executable, os.getcwd()]
+    environment = {**os.environ, **changed, _CARRIED: json.dumps(kept, default=str)}
+    # Pyvoy looks for modules in the current folder first, where strangers' files may have the names of ours.
+    os.chdir(os.sep)
     block_signals()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -76,8 +79,10 @@ def run_envoy(config: dict[str, Any], carried: Any) -> NoReturn:
 
 
 def carried_here() -> Any:
-    """Return, inside Envoy, what `run_envoy` was given; environment and `sys.executable` are what they were there."""
-    carried, before, sys.executable = json.loads(os.environ.pop(_CARRIED))
+    """Return, inside Envoy, what `run_envoy` was given; put folder, environment and `sys` back as they were there."""
+    carried, before, sys.executable, folder = json.loads(os.environ.pop(_CARRIED))
+    sys.path.remove(".")
+    os.chdir(folder)
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)
