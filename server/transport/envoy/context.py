@@ -23,6 +23,8 @@ _START: Final[Event] = {"type": "http.response.start", "status": 200, "headers":
 _OK: Final[Event] = {"type": "http.response.trailers", "headers": [(b"grpc-status", b"0")]}
 # Inflating more than this would hold up other calls, and an answer of more may wait for its reader.
 _LARGE: Final = 64 << 10
+# Bytes of answers that may wait here for a caller who reads slowly.
+_AHEAD: Final = 64 << 10
 _NOT_METADATA: Final = frozenset((b"content-type", b"te", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding"))
 
 
@@ -42,8 +44,9 @@ class EnvoyContext:
     """
 
     __slots__ = (
-        "_answer", "_body_ended", "_code", "_coming", "_frames", "_headers", "_limit", "_loop", "_receive", "_scope",
-        "_send", "_started", "_task", "_waiter", "cause", "deadline", "encode", "looked", "status",
+        "_answer", "_body_ended", "_code", "_coming", "_ended", "_frames", "_headers", "_limit", "_loop", "_outgoing",
+        "_receive", "_room", "_scope", "_send", "_sending", "_started", "_task", "_waiter",
+        "cause", "deadline", "encode", "looked", "status",
     )  # fmt: skip
 
     def __init__(self, scope: Event, receive: Receive, send: Send, limit: int) -> None:
@@ -54,7 +57,10 @@ class EnvoyContext:
         self._frames = Frames(limit)
         self._coming: asyncio.Future[Event] | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._body_ended = self._started = False
+        self._body_ended = self._started = self._ended = False
+        self._outgoing = bytearray()
+        self._sending: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
         self._answer: bytes | None = None
         self._code: grpc.StatusCode | None = None
         self.status: tuple[int, str, Pairs] = (0, "", ())
@@ -116,9 +122,18 @@ class EnvoyContext:
             yield raw
 
     async def write(self, message: Any) -> None:
-        """Send a message, and wait while the connection can't take more."""
-        await self._start()
-        await self._flushed({"type": "http.response.body", "body": self._framed(message), "more_body": True})
+        """Send a message, and wait while the caller is far behind."""
+        frame = self._framed(message)
+        if not self._started:
+            self._started = True
+            await self._send(_START)
+        if not self._outgoing and self._sending is None:
+            # A moment later, together with what else is ready by then: each time, a thread of Envoy is woken.
+            self._loop.call_soon(self._send_on)
+        self._outgoing += frame
+        while len(self._outgoing) > _AHEAD:
+            self._room = self._loop.create_future()
+            await self._room
 
     def answer(self, message: Any) -> None:
         """Keep the one message of a call, which goes out with the end."""
@@ -131,7 +146,7 @@ class EnvoyContext:
 
     async def finish(self) -> None:
         """Send the end: the answer if there is one, and the status."""
-        send = self._send
+        send, self._ended = self._send, True
         if self._answer is not None:
             await send(_START)
             await send({"type": "http.response.body", "body": self._answer})
@@ -139,7 +154,7 @@ class EnvoyContext:
             return
         headers = status_headers(*self.status)
         if self._started:
-            await send({"type": "http.response.body", "body": b""})
+            await send({"type": "http.response.body", "body": bytes(self._outgoing)})
             await send({"type": "http.response.trailers", "headers": headers})
         else:
             await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *headers]})
@@ -163,26 +178,29 @@ class EnvoyContext:
             self.cause = cause
             self._task.cancel()
 
-    async def _start(self) -> None:
-        if not self._started:
-            self._started = True
-            await self._send(_START)
-
     def _framed(self, message: Any) -> bytes:
         raw: bytes = self.encode(message) if self.encode else message
         if len(raw) > self._limit:
             raise too_large(f"{len(raw):,} bytes", self._limit)
         return framed(raw)
 
-    async def _flushed(self, event: Event) -> None:
-        # A future; an error where the caller has left before. Pyvoy sets its result also when nobody waits any more.
-        sending = asyncio.ensure_future(self._send(event))
-        sending.add_done_callback(asyncio.Future.exception)
-        try:
-            await asyncio.shield(sending)
-        except OSError:  # pyvoy's ClientDisconnectedError
-            self.cause = Cause.GONE
-            raise asyncio.CancelledError from None
+    def _send_on(self) -> None:
+        """Send what was written, unless there is an end already or Envoy has not yet taken what was sent before."""
+        if self._outgoing and self._sending is None and not self._ended:
+            event = {"type": "http.response.body", "body": bytes(self._outgoing), "more_body": True}
+            self._outgoing.clear()
+            # A future; an error where the caller has left before.
+            self._sending = asyncio.ensure_future(self._send(event))
+            self._sending.add_done_callback(self._sent)
+
+    def _sent(self, sending: "asyncio.Future[None]") -> None:
+        self._sending = None
+        if sending.exception():  # pyvoy's ClientDisconnectedError
+            self.cancel(Cause.GONE)
+            return
+        if self._room and not self._room.done():
+            self._room.set_result(None)
+        self._send_on()
 
     def _ask(self) -> None:
         # A future; where the caller sent no body at all, something else that can be awaited.
