@@ -35,6 +35,13 @@ def answers(port: str) -> None:
         assert response.status == 200
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
         assert b"grpc_server_handled_total" in response.read()
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as old:
+        old.sendall(b"GET /v2/health/ready HTTP/1.0\r\n\r\n")
+        assert old.recv(100).startswith(b"HTTP/1.0 200 ")
+    # gRPC's type over an HTTP that has no place for its status.
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        url = f"http://127.0.0.1:{port}{method.path}"
+        urllib.request.urlopen(urllib.request.Request(url, b"", {"content-type": "application/grpc"}), timeout=10)
 
 
 def test_both_ports_answer_both_protocols_and_no_second_server_shares_them(root):

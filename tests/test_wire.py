@@ -1,6 +1,7 @@
 """Bytes that no client of ours would send: malformed, nested, compressed, oversized, misnamed."""
 
 import logging
+import re
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from test_server_inference import values_of, wait_until
 from layercast.proto.messages import ModelInferRequest, ModelReadyRequest, ServerLiveRequest, ServerReadyRequest
 from layercast.proto.rpc import FEATURES, INFERENCE
 from layercast.server.errors import InvalidArgument
+from layercast.server.service.inference import InferenceService
 from layercast.server.transport.status import reply
 
 LIMIT = 4 << 20
@@ -268,3 +270,21 @@ def test_calls_cancelled_at_any_moment_leave_nothing_behind(served):
     model = served.server.repository.models["same", 1]
     wait_until(served, lambda: model.batcher.queued_rows == 0)
     wait_until(served, lambda: served.server.metrics.inflight.labels("same", "1")._value.get() == 0)
+
+
+def test_a_caller_is_its_connection_whatever_its_headers_say(monkeypatch):
+    """Connections take turns in the queue: one that could pass as many would not."""
+    peers = []
+    answer = InferenceService.model_infer
+
+    async def noted(self, request, call):
+        peers.append(call.peer)
+        return await answer(self, request, call)
+
+    monkeypatch.setattr(InferenceService, "model_infer", noted)
+    with numeric({"same": Model(identity)}) as server:
+        for address in ("198.51.100.1", "198.51.100.2"):
+            metadata = (("x-forwarded-for", address), ("x-real-ip", address))
+            server.rpc("ModelInfer")(asked("same", np.ones((1, 2), "f4")), timeout=10, metadata=metadata)
+    assert re.fullmatch(r"ipv4:127\.0\.0\.1:\d+", peers[0])
+    assert peers[0] == peers[1]

@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import grpc
@@ -17,6 +17,7 @@ from layercast.server.transport.envoy.watching import EVERY, Watching
 from layercast.server.transport.status import reply
 
 _RPC: Final = b"application/grpc"
+_AFTER: Final = (b"", b"+", b";")
 _STATUS: Final = {Cause.LATE: grpc.StatusCode.DEADLINE_EXCEEDED, Cause.STOPPED: grpc.StatusCode.UNAVAILABLE}
 _LEAVING: Final = "the server is shutting down"
 
@@ -50,8 +51,9 @@ class Adapter:
         task = asyncio.current_task()
         self._running.add(task)
         try:
-            if dict(scope["headers"]).get(b"content-type", b"").startswith(_RPC):
-                await self._call(scope, receive, send)
+            headers = dict(scope["headers"])
+            if _is_rpc(scope, headers):
+                await self._call(EnvoyContext(scope, headers, receive, send, self._limit), scope["path"])
             elif self._stopping:
                 await JSONResponse({"error": _LEAVING}, 503, {"retry-after": "1"})(scope, receive, send)
             else:
@@ -72,11 +74,10 @@ class Adapter:
         running = [task for task in self._running if task and task is not asyncio.current_task()]
         return not running or not (await asyncio.wait(running, timeout=seconds))[1]
 
-    async def _call(self, scope: Event, receive: Receive, send: Send) -> None:
-        call = EnvoyContext(scope, receive, send, self._limit)
+    async def _call(self, call: EnvoyContext, path: str) -> None:
         self._watching.add(call)
         try:
-            await self._answer(call, scope["path"])
+            await self._answer(call, path)
             self._watching.discard(call)
             await call.finish()
             if self._stopping or call.is_large:
@@ -128,6 +129,12 @@ class Adapter:
                     self._known[details.method] = handler
                 return handler
         raise Unimplemented(f"this server has no RPC {fit(details.method, 128)}")
+
+
+def _is_rpc(scope: Event, headers: Mapping[bytes, bytes]) -> bool:
+    """Whether this is a call of gRPC, and not of gRPC-Web, say, or gRPC's type over an HTTP without trailers."""
+    kind = headers.get(b"content-type", b"")
+    return kind.startswith(_RPC) and kind[len(_RPC) :][:1] in _AFTER and scope["http_version"] == "2"
 
 
 async def _handle(handler: Any, call: EnvoyContext) -> None:

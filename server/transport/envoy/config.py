@@ -14,6 +14,10 @@ _BUFFER: Final = 1 << 20  # bytes of a request that wait for Python, and of an a
 _HTTP: Final[dict[str, Any]] = {
     # By default Envoy ends a stream that was quiet for five minutes, and says who it is.
     "stream_idle_timeout": "0s",
+    # By default a caller is who its header x-forwarded-for names, as many callers as it likes.
+    "use_remote_address": True,
+    "skip_xff_append": True,
+    "http_protocol_options": {"accept_http_10": True, "default_host_for_http_10": "layercast"},
     "server_header_transformation": "PASS_THROUGH",
     # In KiB, of a whole request or call, as on the other front end.
     "max_request_headers_kb": 32,

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from enum import Enum
 from typing import Any, Final, NoReturn, cast
 
@@ -49,11 +49,12 @@ class EnvoyContext:
         "cause", "deadline", "encode", "looked", "status",
     )  # fmt: skip
 
-    def __init__(self, scope: Event, receive: Receive, send: Send, limit: int) -> None:
+    def __init__(self, scope: Event, headers: Mapping[bytes, bytes], receive: Receive, send: Send, limit: int) -> None:
+        """`headers` are the last of each name in `scope`; `limit` is for a message either way, in bytes."""
         self._scope, self._receive, self._send, self._limit = scope, receive, send, limit
         self._loop = asyncio.get_running_loop()
         self._task = cast("asyncio.Task[Any]", asyncio.current_task())
-        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._headers = headers
         self._frames = Frames(limit)
         self._coming: asyncio.Future[Event] | None = None
         self._waiter: asyncio.Future[None] | None = None
