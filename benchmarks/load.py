@@ -111,9 +111,9 @@ def loaded(
     infer = channel.unary_unary(_INFER.path, _INFER.request.SerializeToString, _INFER.response.FromString)
     before = infer(message, timeout=60)
     _check(server, before.raw_output_contents[0], oracle)
-    busy = _cpu_seconds(process.pid)
+    busy = cpu_seconds(process.pid)
     load = h2load(server.port, message.SerializeToString(), workload.concurrency, seconds, before.ByteSize())
-    busy = _cpu_seconds(process.pid) - busy
+    busy = cpu_seconds(process.pid) - busy
     _check(server, infer(message, timeout=60).raw_output_contents[0], oracle)
     if process.poll() is not None:
         raise SystemExit(f"{server.name} died under load (exit {process.poll()})")
@@ -176,7 +176,8 @@ def _memory_mb(pid: int) -> int:
     return total // 1024
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that the processes in the group of `pid` have used."""
     ticks = 0
     for folder in _group(pid):
         with contextlib.suppress(OSError):

@@ -1,7 +1,9 @@
 """The asyncio client: the operations of `Client`, awaited."""
 # ruff: noqa: ASYNC109 - a timeout here is a gRPC deadline, which reaches the server; asyncio.timeout would be local
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack, overload
 
@@ -15,10 +17,13 @@ from layercast.client.connection import (
     Connection,
     Deadline,
 )
+from layercast.client.edits import Edit
 from layercast.client.errors import LayercastError, from_status
 from layercast.client.explaining import Targets
-from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
+from layercast.client.many import DEFAULT_IN_FLIGHT, METHOD, Errors, Many, check_items
+from layercast.client.operations import Call, Operations, Outcome, Outputs, Question, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
+from layercast.client.streams import AsyncItems, results_async
 from layercast.client.translation import Inputs
 from layercast.client.types import ExplainOptions, Explanation, LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray
@@ -98,6 +103,24 @@ class AsyncClient:
         """See `Client.predict`."""
         return await self._run(self._operations.predict(model, inputs, version, outputs, id), timeout)
 
+    def predict_many(
+        self,
+        model: str,
+        items: AsyncItems,
+        *,
+        version: str = "",
+        outputs: Outputs = None,
+        errors: Errors = "raise",
+        in_flight: int = DEFAULT_IN_FLIGHT,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """See `Client.predict_many`. `items` may be an asynchronous iterable too; a task beside the caller takes them.
+
+        `contextlib.aclosing` closes the stream where the loop is left early.
+        """
+        check_items(items, errors, in_flight)
+        return self._many(items, self._operations.question(model, version, outputs), errors, in_flight, timeout)
+
     async def features(
         self,
         model: str,
@@ -112,6 +135,23 @@ class AsyncClient:
     ) -> dict[str, AnyArray]:
         """See `Client.features`."""
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
+        return await self._run(steps, timeout)
+
+    async def steer(
+        self,
+        model: str,
+        inputs: Inputs,
+        edits: Edit | Sequence[Edit],
+        *,
+        outputs: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] = (),
+        reduce: str | None = None,
+        version: str = "",
+        timeout: float | None = None,
+        id: str = "",
+    ) -> dict[str, AnyArray]:
+        """See `Client.steer`."""
+        steps = self._operations.steer(model, inputs, edits, outputs, layers, reduce, version, id)
         return await self._run(steps, timeout)
 
     async def explain(
@@ -192,6 +232,19 @@ class AsyncClient:
         except StopIteration as done:
             result: Result = done.value
             return result
+
+    async def _many(
+        self, items: AsyncItems, steps: Steps[Question], errors: Errors, in_flight: int, timeout: float | None
+    ) -> AsyncGenerator[Any, None]:
+        many = Many(self._operations, self._connection, await self._run(steps, timeout), errors, in_flight)
+        if self._closed:
+            raise LayercastError("this client is closed")
+        stream: Any = self._opened().stream_stream(METHOD.path, None, METHOD.response.FromString)
+        open_call = partial(stream, metadata=tuple(self._connection.headers.items()))
+        seconds = self._connection.deadline(timeout).timeout
+        async with aclosing(results_async(open_call, many, items, seconds)) as answers:
+            async for answer in answers:
+                yield answer
 
     async def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
         if self._closed:

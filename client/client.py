@@ -1,6 +1,7 @@
 """The synchronous client."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack, overload
 
@@ -13,10 +14,13 @@ from layercast.client.connection import (
     Connection,
     Deadline,
 )
+from layercast.client.edits import Edit
 from layercast.client.errors import LayercastError, from_status
 from layercast.client.explaining import Targets
-from layercast.client.operations import Call, Operations, Outcome, Outputs, Result, Steps
+from layercast.client.many import DEFAULT_IN_FLIGHT, METHOD, Errors, Many, check_items
+from layercast.client.operations import Call, Operations, Outcome, Outputs, Question, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
+from layercast.client.streams import Items, Stream, results
 from layercast.client.translation import Inputs
 from layercast.client.types import ExplainOptions, Explanation, LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray
@@ -125,6 +129,33 @@ class Client:
         """
         return self._run(self._operations.predict(model, inputs, version, outputs, id), timeout)
 
+    def predict_many(
+        self,
+        model: str,
+        items: Items,
+        *,
+        version: str = "",
+        outputs: Outputs = None,
+        errors: Errors = "raise",
+        in_flight: int = DEFAULT_IN_FLIGHT,
+        timeout: float | None = None,
+    ) -> Generator[Any, None, None]:
+        """Predictions for many items over one stream, in their order: an iterator of what `predict` returns for each.
+
+        `items` is any iterable of inputs as `predict` takes them, single rows or small batches. It is consumed lazily:
+        at most `in_flight` items, or `max_message_bytes` of them, are sent and not yet answered, and the next is taken
+        only when no result is ready. An item that depends on the result before it wants `in_flight=1`.
+
+        An item that fails alone raises its error, which ends the iteration; `error.answered` is its index. With
+        `errors="return"` the error is the item's result, and the iteration goes on. A stream that breaks raises in
+        both cases; its `error.answered` says how many results came. Nothing is sent again: the items after those may
+        have run, or not. `timeout` is how long one answer may take, not the whole stream.
+
+        Leaving the loop early closes the stream once the iterator is collected; its `close()` does so at once.
+        """
+        check_items(items, errors, in_flight)
+        return self._many(iter(items), self._operations.question(model, version, outputs), errors, in_flight, timeout)
+
     def features(
         self,
         model: str,
@@ -147,6 +178,30 @@ class Client:
         fit into a message: send fewer rows or layers, or reduce.
         """
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
+        return self._run(steps, timeout)
+
+    def steer(
+        self,
+        model: str,
+        inputs: Inputs,
+        edits: Edit | Sequence[Edit],
+        *,
+        outputs: str | Sequence[str] | None = None,
+        layers: str | Sequence[str] = (),
+        reduce: str | None = None,
+        version: str = "",
+        timeout: float | None = None,
+        id: str = "",
+    ) -> dict[str, AnyArray]:
+        """What the model answers when layers are changed for these rows, by output (and layer) name.
+
+        `edits` are made by the methods of `Edit`, those of one layer in the order given. `outputs` names those wanted,
+        None for all. `layers` and `reduce` add layers of the changed forward, as in `features`; an edited one gives its
+        edited values. Nobody else's rows are touched. The batch is dimension 0 of every array, the dtype the output's
+        or the layer's own. PermissionDenied unless the operator allows it for the model (`steering = true`);
+        InvalidArgument for an edit that does not fit, with its place.
+        """
+        steps = self._operations.steer(model, inputs, edits, outputs, layers, reduce, version, id)
         return self._run(steps, timeout)
 
     def explain(
@@ -241,6 +296,16 @@ class Client:
         except StopIteration as done:
             result: Result = done.value
             return result
+
+    def _many(
+        self, items: Iterator[Inputs], steps: Steps[Question], errors: Errors, in_flight: int, timeout: float | None
+    ) -> Generator[Any, None, None]:
+        many = Many(self._operations, self._connection, self._run(steps, timeout), errors, in_flight)
+        if self._closed:
+            raise LayercastError("this client is closed")
+        call: Any = self._channel.stream_stream(METHOD.path, None, METHOD.response.FromString)
+        stream = Stream(partial(call, metadata=tuple(self._connection.headers.items())))
+        yield from results(stream, many, items, self._connection.deadline(timeout).timeout)
 
     def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
         if self._closed:

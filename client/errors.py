@@ -15,9 +15,17 @@ _UNREACHABLE = ("failed to connect to all addresses", "DNS resolution failed", "
 
 
 class LayercastError(Exception):
-    """A call failed. `code` is its gRPC status."""
+    """A call failed. `code` is its gRPC status.
+
+    `answered` is for `predict_many`: how many results came before, which is also the index of the item that failed.
+    """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
+    answered: int | None = None
+
+
+class InputWarning(UserWarning):
+    """The server answered, and has its doubts about the inputs: values outside what the model was trained on."""
 
 
 class InputError(ValueError):
@@ -139,6 +147,11 @@ def from_status(status: Status, url: str, timeout: float | None) -> LayercastErr
         text = f"no answer from {url} within {timeout:g} s; pass a longer timeout"
     elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "CLIENT: Received message larger" in text:
         text = f"the answer is larger than this client accepts; pass a larger max_message_bytes ({text})"
+    return of_code(code, text)
+
+
+def of_code(code: grpc.StatusCode, text: str) -> LayercastError:
+    """The error that stands for a status."""
     error = _BY_CODE.get(code, LayercastError)(text)
     error.code = code
     return error

@@ -10,8 +10,10 @@ import importlib.metadata
 import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TextIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +74,17 @@ def _run(arguments: list[str]) -> int:
         return _without_verb(verb)
     command = COMMANDS[verb]
     # Late, like every verb: `--help` needs neither grpc nor numpy.
-    from layercast.client.errors import LayercastError
+    from layercast.client.errors import InputWarning, LayercastError
 
     try:
         module = importlib.import_module(command.module)
         parser = argparse.ArgumentParser(prog=f"layercast {verb}", description=_description(module))
         module.add_arguments(parser)
-        code: int = module.run(_parse(parser, rest))
+        given = _parse(parser, rest)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", InputWarning)
+            warnings.showwarning = _show_warning
+            code: int = module.run(given)
         sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
@@ -138,6 +144,17 @@ def _description(module: ModuleType) -> str:
     first = (module.__doc__ or "").strip().partition("\n")[0]
     text = first.partition(": ")[2] or first
     return text[:1].upper() + text[1:]
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"layercast: {category.__name__}:", " ".join(str(message).split()), file=sys.stderr)
 
 
 def _fail(message: str) -> int:

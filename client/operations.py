@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from layercast.client.edits import Edit
 from layercast.client.errors import InvalidArgument, LayercastError, NotFound, Unavailable
 from layercast.client.explaining import Targets, explanation_of, options_message, target_indices
-from layercast.client.translation import Inputs, decoding, encoding, metadata_of, named_inputs, only, taps
+from layercast.client.translation import Inputs, decoding, encoding, metadata_of, named_inputs, only, pass_on, taps
 from layercast.client.types import Explanation, LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray, decode_named, decode_outputs, fill_inputs, named_tensor
 from layercast.proto.messages import (
@@ -34,6 +35,8 @@ from layercast.proto.messages import (
     ServerLiveResponse,
     ServerReadyRequest,
     ServerReadyResponse,
+    SteerRequest,
+    SteerResponse,
 )
 from layercast.proto.rpc import FEATURES, INFERENCE, Method
 
@@ -65,20 +68,13 @@ class Operations:
         self, model: str, inputs: Inputs, version: str, outputs: Outputs, identifier: str
     ) -> Steps[AnyArray | dict[str, AnyArray]]:
         """See `Client.predict`."""
-        metadata = yield from self._known(model, version)
-        request = ModelInferRequest(model_name=model, model_version=version, id=identifier)
-        for name in [outputs] if isinstance(outputs, str) else outputs or ():
-            request.outputs.add(name=name)
-        with encoding():
-            fill_inputs(request, named_inputs(metadata, inputs))
-        response: ModelInferResponse = yield from self._with_model(Call(INFERENCE["ModelInfer"], request), metadata)
-        with decoding(model):
-            arrays = decode_outputs(response)
-        if isinstance(outputs, str):
-            return only(arrays, outputs)
-        if outputs is None and len(metadata.outputs) == 1 and len(arrays) == 1:
-            return next(iter(arrays.values()))
-        return arrays
+        question = yield from self.question(model, version, outputs)
+        call = Call(INFERENCE["ModelInfer"], question.request(inputs, identifier))
+        return question.result((yield from self._with_model(call, question.metadata)))
+
+    def question(self, model: str, version: str, outputs: Outputs) -> Steps["Question"]:
+        """What is asked of a model, for one input after the other."""
+        return Question(model, version, outputs, (yield from self._known(model, version)))
 
     def features(
         self,
@@ -102,8 +98,37 @@ class Operations:
         with encoding():
             request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
         response: ExtractResponse = yield from self._with_model(Call(FEATURES["Extract"], request), metadata)
+        if response.warning:
+            pass_on(response.warning)
         with decoding(model):
             return decode_named([*response.layers, *response.outputs], kind="output", limit=None)
+
+    def steer(
+        self,
+        model: str,
+        inputs: Inputs,
+        edits: Edit | Sequence[Edit],
+        outputs: str | Sequence[str] | None,
+        layers: str | Sequence[str],
+        reduce: str | None,
+        version: str,
+        identifier: str,
+    ) -> Steps[dict[str, AnyArray]]:
+        """See `Client.steer`."""
+        metadata = yield from self._known(model, version)
+        request = SteerRequest(
+            model_name=model,
+            model_version=version,
+            id=identifier,
+            edits=[edit.message for edit in ([edits] if isinstance(edits, Edit) else edits)],
+            outputs=[outputs] if isinstance(outputs, str) else outputs,
+            layers=taps(layers, reduce),
+        )
+        with encoding():
+            request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
+        response: SteerResponse = yield from self._with_model(Call(FEATURES["Steer"], request), metadata)
+        with decoding(model):
+            return decode_named([*response.outputs, *response.layers], kind="output", limit=None)
 
     def explain(
         self,
@@ -194,8 +219,43 @@ class Operations:
         try:
             return (yield from _ask(call))
         except (InvalidArgument, NotFound):
-            self._metadata = {key: known for key, known in self._metadata.items() if known is not metadata}
+            self.forget(metadata)
             raise
+
+    def forget(self, metadata: ModelMetadata) -> None:
+        """Ask for this model's metadata again next time."""
+        self._metadata = {key: known for key, known in self._metadata.items() if known is not metadata}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prediction of a model, asked of one input after the other: requests, and what their answers mean."""
+
+    model: str
+    version: str
+    outputs: Outputs
+    metadata: ModelMetadata
+
+    def request(self, inputs: Inputs, identifier: str) -> ModelInferRequest:
+        """The message that asks for these inputs."""
+        request = ModelInferRequest(model_name=self.model, model_version=self.version, id=identifier)
+        for name in [self.outputs] if isinstance(self.outputs, str) else self.outputs or ():
+            request.outputs.add(name=name)
+        with encoding():
+            fill_inputs(request, named_inputs(self.metadata, inputs))
+        return request
+
+    def result(self, response: ModelInferResponse) -> AnyArray | dict[str, AnyArray]:
+        """What `predict` returns for an answer."""
+        with decoding(self.model):
+            arrays = decode_outputs(response)
+        if "warning" in response.parameters:
+            pass_on(response.parameters["warning"].string_param)
+        if isinstance(self.outputs, str):
+            return only(arrays, self.outputs)
+        if self.outputs is None and len(self.metadata.outputs) == 1 and len(arrays) == 1:
+            return next(iter(arrays.values()))
+        return arrays
 
 
 def _ask(call: Call) -> Steps[Any]:

@@ -1,6 +1,8 @@
 """Between what callers write and what goes on the wire: inputs, taps, metadata, codec errors."""
 
 import json
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from layercast.client.conversion import fit
-from layercast.client.errors import InternalError, InvalidArgument
+from layercast.client.errors import InputWarning, InternalError, InvalidArgument
 from layercast.client.types import ModelMetadata, TensorInfo
 from layercast.proto.codec import AnyArray, CodecError, Tensor, datatype_of
 from layercast.proto.messages import ModelMetadataResponse
@@ -79,6 +81,14 @@ def _parsed(properties: Mapping[str, str], name: str, kind: type) -> Any:
     except ValueError:
         return None
     return value if isinstance(value, kind) else None
+
+
+def pass_on(warning: str) -> None:
+    """Warn of what the server says about the inputs, at the line that called this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("layercast.client"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(warning, InputWarning, stacklevel=level)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ attention.maps["blocks.0.attn"]                      # [N, H, T, S]
 rollout(list(attention.maps.values()), token_mask)   # [N, T, T]
 """
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from layercast.models.hook_points import LayerError, fused_attention_off, module_kinds
+from layercast.models.hook_points import LayerError, flatten_output, fused_attention_off, module_kinds
 from layercast.models.layer_names import LayerName, Pattern, nearest
 from layercast.models.layers.attention import MultiHeadAttention
+from layercast.models.torch_attention import WEIGHTS, attention_weights
 
 _KINDS: Final = (MultiHeadAttention, nn.MultiheadAttention)
 
@@ -28,13 +28,23 @@ class AttentionExtractor:
 
     It knows our MultiHeadAttention and torch's (also inside torch's TransformerEncoderLayer, whose fused path it
     switches off while it is open). What the layers return stays as it is: torch's weights are computed a second time,
-    beside the forward. `layers` are patterns over the attention modules, as in `layer_names.Pattern`. LayerError when
-    one of them matches none.
+    beside the forward. `layers` are patterns over the attention modules, as in `layer_names.Pattern`, or over their
+    maps as the layer index names them; one that names a part, such as `encoder.layer.*.attention.self[1]`, is over what
+    any other module returns. LayerError when one of them matches none.
     """
 
     def __init__(self, model: nn.Module, layers: str | Sequence[str] = "*") -> None:
-        patterns = [Pattern(text) for text in ([layers] if isinstance(layers, str) else layers)]
-        found = {path: module for path, module in model.named_modules() if isinstance(module, _KINDS)}
+        # A layer index names the maps (`blocks.0.attn.weights`), this the attention that they are of.
+        texts = [layers] if isinstance(layers, str) else layers
+        patterns = [Pattern(text.removesuffix(WEIGHTS).removesuffix(".weights")) for text in texts]
+        parts = [pattern for pattern in patterns if "[" in pattern.text]
+        modules = dict(model.named_modules())
+        kinds = module_kinds(modules)
+        found = {
+            path: module
+            for path, module in modules.items()
+            if isinstance(module, _KINDS) or (path and any(p.may_select(path, kinds[path]) for p in parts))
+        }
         kinds = module_kinds(found)
         for pattern in patterns:
             if not any(pattern.may_select(path, kind) for path, kind in kinds.items()):
@@ -42,7 +52,8 @@ class AttentionExtractor:
                     f"no attention layer matches {pattern.text!r}{nearest(pattern.text, kinds)}"
                     if found
                     else f"{type(model).__name__} has no attention layer: none of its modules is "
-                    f"{' or '.join(kind.__module__ + '.' + kind.__qualname__ for kind in _KINDS)}"
+                    f"{' or '.join(kind.__module__ + '.' + kind.__qualname__ for kind in _KINDS)}; where another one "
+                    "returns attention maps, name them by part, as in encoder.layer.*.attention.self[1]"
                 )
         self._model = model
         self._patterns = patterns
@@ -63,8 +74,10 @@ class AttentionExtractor:
         for path, module in self._modules.items():
             if isinstance(module, MultiHeadAttention):
                 self._handles.append(module.weights.register_forward_hook(self._keep_own(path)))
-            else:
+            elif isinstance(module, nn.MultiheadAttention):
                 self._handles.append(module.register_forward_hook(self._keep_torchs(path), with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(self._keep_returned(path)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -106,13 +119,20 @@ class AttentionExtractor:
 
     def _keep_torchs(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-            if given["query"].dim() != 3:
+            weights = attention_weights(module, args, kwargs)
+            if weights is None:
                 raise LayerError(f"attention layer {path!r} ran without a batch: its query is not [N, T, D]")
-            with torch.no_grad():
-                _, weights = module.forward(**{**given, "need_weights": True, "average_attn_weights": False})
-            # torch divides zero by zero for a query that may attend to nothing.
-            self._keep(path, weights.detach().nan_to_num(nan=0.0))
+            self._keep(path, weights)
+
+        return keep
+
+    def _keep_returned(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            for part, tensor in flatten_output(output):
+                name = LayerName(path, self._calls[path], part)
+                if any(pattern.selects(name, True, self._kinds[path]) for pattern in self._patterns):
+                    self._maps[name] = tensor.detach().clone()
+            self._calls[path] += 1
 
         return keep
 

@@ -25,6 +25,7 @@ from layercast.models.hook_points import (
 )
 from layercast.models.layer_names import LayerName, Pattern, nearest
 from layercast.models.reducers import ReducerError, reduce, split_tap
+from layercast.models.torch_attention import WEIGHTS, attention_weights
 
 __all__ = [
     "Extraction",
@@ -115,7 +116,7 @@ class FeatureExtractor:
             raise RuntimeError("this FeatureExtractor is already open")
         try:
             for path, module in self._modules.items():
-                self._handles.append(module.register_forward_hook(self._hook(path)))
+                self._handles.append(module.register_forward_hook(self._hook(path), with_kwargs=True))
             self._handles.append(self._model.register_forward_pre_hook(self._begin))
         except BaseException:
             self.close()
@@ -166,12 +167,16 @@ class FeatureExtractor:
         if self._captures.calls:  # the caller runs the model directly, again
             self._captures = _Captures()
 
-    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def collect(module: nn.Module, inputs: Any, output: Any) -> None:
+    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def collect(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             captures = self._captures
             call = captures.calls[path]
             captures.calls[path] += 1
-            for part, tensor in flatten_output(output):
+            found = list(flatten_output(output))
+            if isinstance(module, nn.MultiheadAttention) and self._wants(LayerName(path, call, WEIGHTS)):
+                weights = attention_weights(module, args, kwargs)
+                found += [] if weights is None else [(WEIGHTS, weights)]
+            for part, tensor in found:
                 name = LayerName(path, call, part)
                 captures.seen[name] = None
                 for tap in self._taps:
@@ -205,6 +210,9 @@ class FeatureExtractor:
         for tap, name in self._captures.values:
             if self._selects(tap, name, self._repeated(name.path)):
                 yield tap, name
+
+    def _wants(self, name: LayerName) -> bool:
+        return any(self._selects(tap, name, repeated=True) for tap in self._taps)
 
     def _selects(self, tap: _Tap, name: LayerName, repeated: bool) -> bool:
         return tap.pattern.selects(name, repeated, self._kinds.get(name.path, ""))

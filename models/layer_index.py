@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from layercast.models.examples import Examples
 from layercast.models.hook_points import flatten_output, fused_attention_off
 from layercast.models.layer_names import LayerName
 from layercast.models.manifest import LayerSpec
+from layercast.models.torch_attention import WEIGHTS, attention_weights
 
 
 @dataclass
@@ -41,6 +42,7 @@ class _Run:
     tensors: dict[LayerName, _Seen]
     calls: Counter[str]
     others: dict[str, str]
+    unweighted: dict[LayerName, None] = field(default_factory=dict)
 
 
 def build_index(module: nn.Module, examples: Examples) -> list[LayerSpec]:
@@ -55,6 +57,7 @@ def build_index(module: nn.Module, examples: Examples) -> list[LayerSpec]:
     with torch.no_grad(), fused_attention_off():
         runs = [_run(module, examples, batch, length) for batch, length in trials]
     specs = [_spec(module, name, order, runs) for order, name in enumerate(runs[0].tensors)]
+    specs += [_unweighted(module, name, runs[0]) for name in runs[0].unweighted]
     ran = {name.path for name in runs[0].tensors}
     specs += [_absent(path, part, runs) for path, part in module.named_modules() if path and path not in ran]
     return specs
@@ -62,7 +65,9 @@ def build_index(module: nn.Module, examples: Examples) -> list[LayerSpec]:
 
 def _run(module: nn.Module, examples: Examples, batch: int, length: int) -> _Run:
     run = _Run(batch, {}, Counter(), {})
-    handles = [part.register_forward_hook(_watch(run, path)) for path, part in module.named_modules() if path]
+    handles = [
+        part.register_forward_hook(_watch(run, path), with_kwargs=True) for path, part in module.named_modules() if path
+    ]
     try:
         module(**examples.make(batch, length))
         for seen in run.tensors.values():
@@ -73,13 +78,18 @@ def _run(module: nn.Module, examples: Examples, batch: int, length: int) -> _Run
     return run
 
 
-def _watch(run: _Run, path: str) -> Callable[[nn.Module, Any, Any], None]:
-    def watch(module: nn.Module, inputs: Any, output: Any) -> None:
+def _watch(run: _Run, path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+    def watch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = run.calls[path]
         run.calls[path] += 1
         found = list(flatten_output(output))
         if not found:
             run.others[path] = f"returns {type(output).__name__}, not a tensor"
+        weights = attention_weights(module, args, kwargs)
+        if weights is not None:
+            found.append((WEIGHTS, weights))
+        elif isinstance(output, tuple) and "attention" in type(module).__name__.lower():
+            run.unweighted |= {LayerName(path, call, f"[{at}]"): None for at, item in enumerate(output) if item is None}
         for part, tensor in found:
             version = None if tensor.is_inference() else tensor._version
             run.tensors[LayerName(path, call, part)] = _Seen(tensor, tensor.detach().clone(), version)
@@ -125,6 +135,18 @@ def _refusal(shapes: list[tuple[int, ...] | None], batches: list[int]) -> str:
     if any(size != other for size, other in zip(known[0][1:], known[1][1:], strict=True)):
         return f"a dimension besides the first depends on the batch: {seen}"
     return ""
+
+
+def _unweighted(module: nn.Module, name: LayerName, run: _Run) -> LayerSpec:
+    part = module.get_submodule(name.path)
+    return LayerSpec(
+        path=name.text(repeated=run.calls[name.path] > 1),
+        type=type(part).__name__,
+        parameters=parameter_count(part),
+        available=False,
+        reason="it is None: this attention does not give its weights; build a transformers model with "
+        "attn_implementation='eager' to have them",
+    )
 
 
 def _absent(path: str, part: nn.Module, runs: list[_Run]) -> LayerSpec:

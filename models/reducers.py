@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layercast.models.projection import Projection
 
-REDUCERS: Final = ("none", "mean", "max", "flatten", "cls", "last", "norm", "fp16", "projD")
+REDUCERS: Final = ("none", "mean", "max", "flatten", "cls", "last", "heads", "norm", "fp16", "projD")
 """Names of the reducers; `l2norm` is another name of `norm`, `projD` stands for `proj64` or `proj64:SEED`."""
 
 _ALIASES: Final = {"l2norm": "norm"}
@@ -41,7 +41,7 @@ def check_reducers(reducers: str) -> None:
 
 def gives_floats(reducer: str) -> bool:
     """Return whether one `reducer` gives float32 for whole numbers."""
-    return _ALIASES.get(reducer, reducer) in ("mean", "norm") or _projection(reducer) is not None
+    return _ALIASES.get(reducer, reducer) in ("mean", "heads", "norm") or _projection(reducer) is not None
 
 
 def reduce(value: Tensor, reducers: str, token_mask: Tensor | None = None) -> Tensor:
@@ -49,6 +49,7 @@ def reduce(value: Tensor, reducers: str, token_mask: Tensor | None = None) -> Te
 
     * `mean`, `max`: over space for [N, C, …], over the tokens that count for [N, T, D], nothing for [N, F]
     * `cls`, `last`: the first, the last token that counts of [N, T, D]
+    * `heads`: the mean over the heads of attention maps, [N, H, T, S] to [N, T, S]
     * `flatten`: [N, everything else];  `norm`: each row scaled to Euclidean length 1;  `fp16`: cast to half
     * `projD`, `projD:SEED`: [N, D], a random projection of everything else, as in `projection.Projection`; tokens that
       don't count are zeros to it
@@ -69,7 +70,10 @@ def reduced_shape(shape: Sequence[int], reducers: str) -> tuple[int, ...]:
     for name in (_ALIASES.get(name, name) for name in reducers.split("@")):
         if name in _OF_TOKENS:
             _want_tokens(name, result)
-        if name in ("mean", "max") and len(result) > 3:
+        if name == "heads":
+            _want_maps(result)
+            result = (result[0], *result[2:])
+        elif name in ("mean", "max") and len(result) > 3:
             result = result[:2]
         elif name in ("mean", "max", *_OF_TOKENS) and len(result) == 3:
             result = (result[0], result[2])
@@ -148,6 +152,11 @@ def _pick(value: Tensor, mask: Tensor | None, name: str) -> Tensor:
     return torch.where(keep.any(dim=1, keepdim=True), chosen, 0)
 
 
+def _heads(value: Tensor, mask: Tensor | None) -> Tensor:
+    _want_maps(tuple(value.shape))
+    return (value if value.is_floating_point() else value.float()).mean(dim=1)
+
+
 def _flatten(value: Tensor, mask: Tensor | None) -> Tensor:
     return value.flatten(1) if value.dim() > 1 else value.unsqueeze(1)
 
@@ -179,6 +188,11 @@ def _want_tokens(name: str, shape: tuple[int, ...]) -> None:
         raise ReducerError(f"reducer {name} wants a layer of shape [N, T, D], got {list(shape)}")
 
 
+def _want_maps(shape: tuple[int, ...]) -> None:
+    if len(shape) != 4:
+        raise ReducerError(f"reducer heads wants attention maps, a layer of shape [N, H, T, S], got {list(shape)}")
+
+
 _STEPS: Final[dict[str, Callable[[Tensor, Tensor | None], Tensor]]] = {
     "none": lambda value, mask: value,
     "mean": _mean,
@@ -186,6 +200,7 @@ _STEPS: Final[dict[str, Callable[[Tensor, Tensor | None], Tensor]]] = {
     "flatten": _flatten,
     "cls": _cls,
     "last": _last,
+    "heads": _heads,
     "norm": _norm,
     "fp16": lambda value, mask: value.half(),
 }

@@ -171,3 +171,81 @@ class ExplainResponse(_message.Message):
     timing: Timing
     warning: str
     def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., id: _Optional[str] = ..., attributions: _Optional[_Union[NamedTensor, _Mapping]] = ..., targets: _Optional[_Iterable[int]] = ..., delta: _Optional[_Iterable[float]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., warning: _Optional[str] = ...) -> None: ...
+
+class SteerRequest(_message.Message):
+    __slots__ = ("model_name", "model_version", "id", "inputs", "edits", "outputs", "layers")
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    EDITS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    model_name: str
+    model_version: str
+    id: str
+    inputs: _containers.RepeatedCompositeFieldContainer[NamedTensor]
+    edits: _containers.RepeatedCompositeFieldContainer[Edit]
+    outputs: _containers.RepeatedScalarFieldContainer[str]
+    layers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., id: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ..., edits: _Optional[_Iterable[_Union[Edit, _Mapping]]] = ..., outputs: _Optional[_Iterable[str]] = ..., layers: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Edit(_message.Message):
+    __slots__ = ("layer", "zero", "scale", "add", "clamp", "mean", "units", "channels", "heads", "positions")
+    class Zero(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    class Vector(_message.Message):
+        __slots__ = ("values",)
+        VALUES_FIELD_NUMBER: _ClassVar[int]
+        values: _containers.RepeatedScalarFieldContainer[float]
+        def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
+    class Bounds(_message.Message):
+        __slots__ = ("low", "high")
+        LOW_FIELD_NUMBER: _ClassVar[int]
+        HIGH_FIELD_NUMBER: _ClassVar[int]
+        low: float
+        high: float
+        def __init__(self, low: _Optional[float] = ..., high: _Optional[float] = ...) -> None: ...
+    class Mean(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    ZERO_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    ADD_FIELD_NUMBER: _ClassVar[int]
+    CLAMP_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    zero: Edit.Zero
+    scale: float
+    add: Edit.Vector
+    clamp: Edit.Bounds
+    mean: Edit.Mean
+    units: _containers.RepeatedScalarFieldContainer[int]
+    channels: _containers.RepeatedScalarFieldContainer[int]
+    heads: _containers.RepeatedScalarFieldContainer[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[str] = ..., zero: _Optional[_Union[Edit.Zero, _Mapping]] = ..., scale: _Optional[float] = ..., add: _Optional[_Union[Edit.Vector, _Mapping]] = ..., clamp: _Optional[_Union[Edit.Bounds, _Mapping]] = ..., mean: _Optional[_Union[Edit.Mean, _Mapping]] = ..., units: _Optional[_Iterable[int]] = ..., channels: _Optional[_Iterable[int]] = ..., heads: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SteerResponse(_message.Message):
+    __slots__ = ("model_name", "model_version", "id", "outputs", "layers", "timing", "warning")
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
+    model_name: str
+    model_version: str
+    id: str
+    outputs: _containers.RepeatedCompositeFieldContainer[NamedTensor]
+    layers: _containers.RepeatedCompositeFieldContainer[NamedTensor]
+    timing: Timing
+    warning: str
+    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., id: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., warning: _Optional[str] = ...) -> None: ...

@@ -26,6 +26,7 @@ from layercast.server.service.explaining import ExplainService
 from layercast.server.service.features import FeatureService
 from layercast.server.service.inference import InferenceService
 from layercast.server.service.metadata import MetadataService
+from layercast.server.service.steering import SteeringService
 from layercast.server.service.streaming import StreamService
 from layercast.server.settings import Settings
 from layercast.server.transport.envoy.front_end import EnvoyFrontEnd
@@ -66,7 +67,11 @@ class Server:
                 AdministrationService(self.repository),
                 SharedMemoryService(),
             ),
-            FEATURES_SERVICE: (FeatureService(self.repository, answering), ExplainService(answering)),
+            FEATURES_SERVICE: (
+                FeatureService(self.repository, answering),
+                ExplainService(answering),
+                SteeringService(answering),
+            ),
         }
         rest = routes(services[INFERENCE_SERVICE], self.metrics, settings.max_message_bytes, security)
         web = application(self.repository, self.metrics.registry, rest, security)

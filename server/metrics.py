@@ -69,6 +69,9 @@ class Metrics:
         )
         self.cancelled = self._counter("layercast_cancelled_total", "Requests whose caller left", (*_MODEL, "when"))
         self.taps = self._counter("layercast_feature_taps_total", "Layers read by forward hooks", _MODEL)
+        self.steered = self._counter(
+            "layercast_steered_requests_total", "Requests answered with values inside the model changed", _MODEL
+        )
         self.request_duration = self._histogram(
             "layercast_request_duration_seconds", "From the decoded request to the ready answer", (*_MODEL, "kind")
         )

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from layercast.models.edits import Planned
 from layercast.models.manifest import WEIGHTS_FILE, Manifest
 from layercast.server.batching.batcher import Batcher
 from layercast.server.batching.policy import Limits
@@ -96,9 +97,17 @@ class ServedModel:
         await self._free.wait()
 
     async def run(
-        self, inputs: Mapping[str, Array], rows: int, taps: tuple[Tap, ...], predict: bool, terms: Terms
+        self,
+        inputs: Mapping[str, Array],
+        rows: int,
+        taps: tuple[Tap, ...],
+        predict: bool,
+        terms: Terms,
+        edits: tuple[Planned, ...] = (),
     ) -> list[Answer]:
         """Run `rows` rows and return the answers in order: one, or one a part where they exceed the largest batch.
+
+        `edits` are made for these rows alone.
 
         Raises InvalidArgument for such a request where the model's settings say to refuse it, and what
         `Batcher.submit` raises.
@@ -110,17 +119,27 @@ class ServedModel:
                 f"the request has {rows} rows, model {self.manifest.name!r} takes at most {most} at once; "
                 f"send them in several requests"
             )
-        works = [self._work(part, count, taps, predict) for part, count in _parts(inputs, rows, most)]
+        works = [self._work(part, count, taps, predict, edits) for part, count in _parts(inputs, rows, most)]
         return await self.batcher.submit(works, terms)
 
-    def _work(self, inputs: Mapping[str, Array], rows: int, taps: tuple[Tap, ...], predict: bool) -> Work:
+    def _work(
+        self,
+        inputs: Mapping[str, Array],
+        rows: int,
+        taps: tuple[Tap, ...],
+        predict: bool,
+        edits: tuple[Planned, ...],
+    ) -> Work:
         # Padding that comes from a neighbour would change the shape of a layer's values, and some reducers' results.
-        exact = bool(taps) or self._dynamic_outputs
+        exact = bool(taps or edits) or self._dynamic_outputs
         # Without batching every work is a group of its own.
         key = self._key(inputs, exact) if self.loaded.settings.batching else object()
+        if edits:
+            # Among themselves: others keep the fastest engine, and see no trace of an edit, not even in rounding.
+            key = ("steered", key)
         length = inputs[self._padded].shape[1] if self._padded else 0
         size = sum(map(_bytes, inputs.values()))
-        return Work(inputs, rows, key, self.batcher.future(), size, length, taps, predict)
+        return Work(inputs, rows, key, self.batcher.future(), size, length, taps, predict, edits)
 
     def _key(self, inputs: Mapping[str, Array], exact: bool) -> Hashable:
         """Return what must be equal for rows to share a forward; token counts only roughly, unless `exact`.

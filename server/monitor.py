@@ -66,6 +66,7 @@ class ModelMonitor:
         own = (model, version)
         self._rows = metrics.rows.labels(*own)
         self._taps = metrics.taps.labels(*own)
+        self._steered = metrics.steered.labels(*own)
         self._queue_rows = metrics.queue_rows.labels(*own)
         self._queue_bytes = metrics.queue_bytes.labels(*own)
         self._queue_duration = metrics.queue_duration.labels(*own)
@@ -124,6 +125,10 @@ class ModelMonitor:
     def tapped(self, layers: int) -> None:
         """A request was given the values of so many layers."""
         self._taps.inc(layers)
+
+    def steered(self) -> None:
+        """A request was answered with layers changed as it said."""
+        self._steered.inc()
 
     def succeeded(self, kind: Kind, spent: Spent) -> None:
         """A request was answered."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from layercast.models.manifest import Manifest
+from layercast.models.steering import Placed
 from layercast.server.engines.base import Engine, Inputs
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import ModelFailed
@@ -14,7 +15,7 @@ from layercast.server.work import Array, Rows, Tap, Work
 class Runner:
     """One instance of a model: runs works that share a key, in one thread.
 
-    `fast` serves plain predictions; `eager` any batch in which a row taps a layer.
+    `fast` serves plain predictions; `eager` any batch in which a row taps a layer or changes one.
 
     Without `eager`, no layer of the manifest may be available.
     """
@@ -29,10 +30,12 @@ class Runner:
         inputs = self._join(works)
         rows = sum(work.rows for work in works)
         taps = list(dict.fromkeys(tap for work in works for tap in work.taps))
-        if taps:
+        edits = _placed(works)
+        if taps or edits:
             if self.eager is None:
                 raise ModelFailed("a layer was asked of a model without its module. This is a bug.")
-            outputs, features = self.eager.tapped(inputs, taps, predict=any(work.predict for work in works))
+            predict = any(work.predict for work in works)
+            outputs, features = self.eager.tapped(inputs, taps, predict, edits)
         else:
             outputs, features = self.fast.run(inputs), {}
         for name, array in (*outputs.items(), *((tap.layer, array) for tap, array in features.items())):
@@ -46,6 +49,15 @@ class Runner:
             spec.name: _concatenate([work.inputs[spec.name] for work in works], spec.pad)
             for spec in self._manifest.inputs
         }
+
+
+def _placed(works: Sequence[Work]) -> list[Placed]:
+    """Return the edits of all works, each with the rows of its own work."""
+    placed, start = [], 0
+    for work in works:
+        placed += [(slice(start, start + work.rows), edit) for edit in work.edits]
+        start += work.rows
+    return placed
 
 
 def _split(works: Sequence[Work], outputs: dict[str, Array], features: dict[Tap, Array]) -> list[Rows]:

@@ -88,6 +88,7 @@ class ModelSettings(BaseModel):
         default="auto", description="what runs plain predictions; auto takes the fastest measured, but never onnx-int8"
     )
     device: DeviceName = Field(default="auto", description="where models run; auto takes a GPU if there is one")
+    steering: bool = Field(default=False, description="let callers change layers for their own rows (Steer)")
     versions: Literal["all", "latest"] = Field(
         default="all", description="which versions are served; latest is the highest that loads"
     )

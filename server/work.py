@@ -7,6 +7,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from layercast.models.edits import Planned
+
 Array = NDArray[Any]
 
 
@@ -56,8 +58,8 @@ class Work:
     """Rows of one request. `key` says which works may share a forward.
 
     `bytes` is the size of the inputs, `length` the size of the dimension that is padded when lengths differ (0 where
-    there is none). What follows `predict` is the batcher's: `parts` are the works of the same request, itself
-    included; times are nanoseconds on `time.perf_counter_ns`'s clock.
+    there is none). `edits` change layers for these rows alone. What follows them is the batcher's: `parts` are the
+    works of the same request, itself included; times are nanoseconds on `time.perf_counter_ns`'s clock.
     """
 
     inputs: Mapping[str, Array]
@@ -68,6 +70,7 @@ class Work:
     length: int = 0
     taps: tuple[Tap, ...] = ()
     predict: bool = True
+    edits: tuple[Planned, ...] = ()
     parts: "Sequence[Work]" = ()
     peer: str = ""
     priority: int = 1

@@ -10,6 +10,7 @@ RUN = ("python", "sh", "console")
 _FENCE = re.compile(r"^( *)``` *(\S*) *$")
 _COMMENT = re.compile(r"<!-- *(.*?) *-->\s*$")
 _DIRECTIVE = re.compile(r"^(not run|file|until):? *(.*)$")
+_SERVER = re.compile(r"^server(?:: *(.+))?$")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -33,6 +34,8 @@ class Page:
     path: Path
     blocks: list[Block] = field(default_factory=list)
     needs_server: bool = False
+    settings: str = ""
+    """TOML with settings of the server, where the page wants one of its own."""
 
     @property
     def needs_tritonclient(self) -> bool:
@@ -63,9 +66,9 @@ def parse(path: Path) -> Page:
                 page.blocks[-1].expected = text
             page.blocks.append(block)
             comment, directly = "", block.language in RUN
-        elif (found := _COMMENT.match(line)) and found[1] == "server":
+        elif (found := _COMMENT.match(line)) and (server := _SERVER.match(found[1])):
             assert not page.blocks, f"{path.name}:{position}: <!-- server --> comes before the first block"
-            page.needs_server = True
+            page.needs_server, page.settings = True, server[1] or ""
         elif found:
             comment, directly = found[1], False
         elif line.strip():

@@ -13,12 +13,14 @@ temporary directory (which holds `client/samples`):
 and a comment above a block, or above the first one, changes that:
 
 * <!-- server -->            the page talks to a server: one with the zoo runs, its ports in place of 8001, 8000, 8002
+* <!-- server: watch = 1 --> the same, with a server of the page's own that has these settings
 * <!-- file: net.py -->      the block is the content of this file
 * <!-- until: ready in -->   the block runs until it prints this, gets Ctrl-C, and must then end with 0
 * <!-- not run: reason -->   the block can't run in a test
 """
 
 import json
+import tomllib
 import urllib.request
 from collections.abc import Iterator
 from inspect import signature
@@ -68,6 +70,12 @@ def zoo_served(zoo_repository: Path) -> Iterator[Running]:
         yield server
 
 
+@pytest.fixture
+def own_served(path: Path, zoo_repository: Path) -> Iterator[Running]:
+    with running(zoo_repository, **tomllib.loads(documentation.parse(path).settings)) as server:
+        yield server
+
+
 @pytest.mark.parametrize("path", PAGES, ids=named)
 def test_every_block_of_the_page_does_what_it_says(
     path: Path, zoo_repository: Path, tmp_path: Path, request: pytest.FixtureRequest
@@ -75,7 +83,7 @@ def test_every_block_of_the_page_does_what_it_says(
     page = documentation.parse(path)
     ports = {}
     if page.needs_server:
-        server = request.getfixturevalue("zoo_served").server
+        server = request.getfixturevalue("own_served" if page.settings else "zoo_served").server
         ports = {"grpc": server.grpc_port, "http": server.http_port, "metrics": server.metrics_port}
     stock = request.getfixturevalue("stock_python") if page.needs_tritonclient else ""
     run(page, Surroundings(tmp_path, zoo_repository, ports, stock))
@@ -221,7 +229,7 @@ def test_the_client_page_names_every_method_and_error() -> None:
     methods = {name for name in vars(client.Client) if not name.startswith("_")}
     assert {row[0].partition("(")[0] for row in table(DOCS / "client.md", "## Methods")} == methods
     assert methods == {name for name in vars(client.AsyncClient) if not name.startswith("_")}
-    errors = {name for name in client.__all__ if issubclass(getattr(client, name), Exception)}
+    errors = {name for name in client.__all__ if issubclass(getattr(client, name), client.LayercastError)}
     assert {row[0] for row in table(DOCS / "client.md", "## Errors")} == errors - {"LayercastError"}
 
 

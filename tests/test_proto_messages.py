@@ -99,6 +99,12 @@ FIELDS = {
     " seed=6:int64 window=7:int32* stride=8:int32* upsample=9:bool pool=10:string residual=11:double",
     "layercast.v1.ExplainResponse": "model_name=1:string model_version=2:string id=3:string"
     " attributions=4:NamedTensor targets=5:int64* delta=6:double* timing=7:Timing warning=8:string",
+    "layercast.v1.SteerRequest": "model_name=1:string model_version=2:string id=3:string inputs=4:NamedTensor*"
+    " edits=5:Edit* outputs=6:string* layers=7:string*",
+    "layercast.v1.Edit": "layer=1:string zero=2:Zero scale=3:double add=4:Vector clamp=5:Bounds mean=6:Mean"
+    " units=7:int64* channels=8:int64* heads=9:int64* positions=10:int64*",
+    "layercast.v1.SteerResponse": "model_name=1:string model_version=2:string id=3:string outputs=4:NamedTensor*"
+    " layers=5:NamedTensor* timing=6:Timing warning=7:string",
     "layercast.v1.Timing": "queue_ns=1:int64 compute_ns=2:int64 batch_rows=3:int64",
 }
 
@@ -107,7 +113,7 @@ UNARY = {
     " ModelConfig ModelStatistics RepositoryIndex RepositoryModelLoad RepositoryModelUnload SystemSharedMemoryStatus"
     " SystemSharedMemoryRegister SystemSharedMemoryUnregister CudaSharedMemoryStatus CudaSharedMemoryRegister"
     " CudaSharedMemoryUnregister TraceSetting LogSettings",
-    "layercast.v1.FeatureService": "ListLayers Extract Explain",
+    "layercast.v1.FeatureService": "ListLayers Extract Explain Steer",
 }
 
 

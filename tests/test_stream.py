@@ -92,6 +92,36 @@ def test_large_requests_are_bounded_by_bytes(served):
     assert [values_of(answer.infer_response)[0, 0] for answer in answers] == [0, 1, 2]
 
 
+def test_what_is_sent_far_ahead_is_started_together(served, monkeypatch):
+    """Sixteen at once, then 32 together; the rest, for which no more come, when those before it are answered."""
+    monkeypatch.setattr(streaming, "_GATHER_SECONDS", 60)
+    served.on_loop(batcher(served, "same").hold)
+    sent: queue.Queue[ModelInferRequest | None] = queue.Queue()
+    answers = served.stream(iter(sent.get, None))
+    for request in numbered(range(70)):
+        sent.put(request)
+    wait_until(served, lambda: batcher(served, "same").queued_rows == 48)
+    served.call("ServerLive", ServerLiveRequest())
+    assert served.on_loop(lambda: batcher(served, "same").queued_rows) == 48
+    served.on_loop(batcher(served, "same").release)
+    assert [next(answers).infer_response.id for _ in range(70)] == [str(n) for n in range(70)]
+    sent.put(None)
+    assert list(answers) == []
+
+
+def test_what_is_gathered_waits_no_longer_than_a_moment(served):
+    served.on_loop(batcher(served, "same").hold)
+    sent: queue.Queue[ModelInferRequest | None] = queue.Queue()
+    answers = served.stream(iter(sent.get, None))
+    for request in numbered(range(20)):
+        sent.put(request)
+    wait_until(served, lambda: batcher(served, "same").queued_rows == 20)
+    answers.cancel()
+    sent.put(None)
+    wait_until(served, lambda: batcher(served, "same").queued_rows == 0)
+    served.on_loop(batcher(served, "same").release)
+
+
 def test_a_message_that_is_none_is_answered_inside_the_stream(served):
     call = served.channel.stream_stream(PATH, None, INFERENCE["ModelStreamInfer"].response.FromString)
     good = numbered([7])[0].SerializeToString()

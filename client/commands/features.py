@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB",
         help="layers by path, 'net.*' for example, each with an optional @reducer; `layercast layers MODEL` lists them",
     )
-    parser.add_argument("--reduce", metavar="REDUCER", help="none, mean, max, cls, last, flatten, norm, proj64 …")
+    parser.add_argument(
+        "--reduce", metavar="REDUCER", help="none, mean, max, cls, last, heads, flatten, norm, proj64 …"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.npz", help="save the arrays instead of printing a table")
     parser.add_argument(
         "--plot", type=picture_path, metavar="FILE.png", help="draw the values, a panel for each layer and row"

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Send all inputs in one batch; print the most probable labels, or the raw outputs of a model without labels."""
+    """Send all inputs, in batches; print the most probable labels, or the raw outputs of a model without labels."""
     with connect(arguments) as client:
         metadata = client.metadata(arguments.model, version=arguments.version)
         sources = chosen_inputs(arguments, metadata)
@@ -61,14 +61,14 @@ def probabilities(logits: AnyArray) -> NDArray[np.float64]:
 def _predict(
     client: Client, arguments: argparse.Namespace, metadata: ModelMetadata, batch: AnyArray
 ) -> dict[str, AnyArray]:
-    """All outputs by name. More rows than the server takes at once go in several requests."""
+    """All outputs by name. More rows than the server takes at once go in several requests, over one stream."""
     limit = metadata.properties.get("max_batch", "")
     size = int(limit) if limit.isdecimal() and int(limit) > 0 else len(batch)
     names = [output.name for output in metadata.outputs]
-    answers = [
-        client.predict(arguments.model, batch[start : start + size], version=arguments.version, outputs=names)
-        for start in range(0, len(batch), size)
-    ]
+    if size >= len(batch):
+        return client.predict(arguments.model, batch, version=arguments.version, outputs=names)
+    parts = (batch[start : start + size] for start in range(0, len(batch), size))
+    answers = list(client.predict_many(arguments.model, parts, version=arguments.version, outputs=names))
     return {name: np.concatenate([answer[name] for answer in answers]) for name in names}
 
 

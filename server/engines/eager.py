@@ -1,20 +1,22 @@
 """Engine on the `nn.Module` itself: plain predictions, and any layer through forward hooks."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layercast.models.artefact import to_numpy
+from layercast.models.edits import Edit, Planned, Request, SteeringError, plan
 from layercast.models.explain import ExplainError, Explanation, explain
 from layercast.models.explain.inputs import Inputs as ExplainInputs
 from layercast.models.explain.subject import Progress
 from layercast.models.hooks import FeatureExtractor, LayerError, ReducerError
 from layercast.models.manifest import Manifest
+from layercast.models.steering import Placed, steered
 from layercast.server.engines.base import Inputs, Outputs
-from layercast.server.engines.tensors import to_outputs, to_tensors
+from layercast.server.engines.tensors import to_outputs, to_tensors, token_mask
 from layercast.server.errors import InvalidArgument
 from layercast.server.work import Array, Tap
 
@@ -44,24 +46,34 @@ class EagerEngine:
             result = self._module(**to_tensors(inputs, self._manifest.inputs, self._device))
             return to_outputs(result, self._manifest.outputs)
 
-    def tapped(self, inputs: Inputs, taps: Sequence[Tap], predict: bool) -> tuple[Outputs, dict[Tap, Array]]:
+    def tapped(
+        self, inputs: Inputs, taps: Sequence[Tap], predict: bool, edits: Sequence[Placed] = ()
+    ) -> tuple[Outputs, dict[Tap, Array]]:
         """Return the outputs (none unless `predict`) and the taps' values from one forward with hooks.
 
-        Without `predict` the forward stops after the deepest executed layer that a tap names. The hooks are gone when
-        this returns, also after an error.
+        Without `predict` the forward stops after the deepest executed layer that a tap names. `edits` change layers for
+        the rows that they come with; taps see what they made. The hooks are gone when this returns, also after an
+        error.
         """
         names = {tap: tap.layer if tap.reducer == "none" else f"{tap.layer}@{tap.reducer}" for tap in taps}
         extractor = FeatureExtractor(
             self._module, list(names.values()), known=self._known, clone=self._clone, predictions=predict
         )
-        with torch.inference_mode(), extractor:
+        with torch.inference_mode():
             tensors = to_tensors(inputs, self._manifest.inputs, self._device)
+            mask = token_mask(self._manifest.inputs, tensors)
             try:
-                result = extractor.run(**tensors, token_mask=self._token_mask(tensors))
-            except ReducerError as error:
+                # Their hooks come first, so that those of the taps are given the edited values.
+                with steered(self._module, edits, mask), extractor:
+                    result = extractor.run(**tensors, token_mask=mask)
+            except (ReducerError, SteeringError) as error:
                 raise InvalidArgument(str(error)) from error
             outputs = to_outputs(result.output, self._manifest.outputs) if predict else {}
             return outputs, {tap: to_numpy(result.features[name]) for tap, name in names.items()}
+
+    def plan(self, edit: Edit, request: Request) -> Planned:
+        """Return `edit` as it is made in this model; SteeringError for one that can't be."""
+        return plan(self._module, self._manifest.layers_by_path, edit, request)
 
     def explain(
         self, inputs: Inputs, method: str, targets: int | Sequence[int] | None, progress: Progress, **arguments: Any
@@ -75,15 +87,10 @@ class EagerEngine:
         tensors = to_tensors(inputs, self._manifest.inputs, self._device)
         try:
             of = ExplainInputs(tensors, arguments.get("of")).of
-            mask = self._token_mask({of: tensors[of]})
+            mask = token_mask(self._manifest.inputs, {of: tensors[of]})
             return explain(self._explained, tensors, method, targets, token_mask=mask, progress=progress, **arguments)
         except (ExplainError, LayerError) as error:
             raise InvalidArgument(str(error)) from error
-
-    def _token_mask(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Return which tokens count, [N, T], for a model with a padded input: reducers leave the others out."""
-        padded = {spec.name: spec.pad for spec in self._manifest.inputs if spec.pad is not None}
-        return next((tensor != padded[name] for name, tensor in tensors.items() if name in padded), None)
 
 
 def _double(module: nn.Module) -> nn.Module | Exception:

@@ -1,6 +1,7 @@
 """Between numpy arrays and torch tensors, for the engines that run on torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from layercast.models.export.positional import named_outputs
 from layercast.models.manifest import TensorSpec
 from layercast.server.engines.base import Inputs, Outputs
 from layercast.server.work import Array
+
+T = TypeVar("T", Array, Tensor)
 
 
 def to_tensors(inputs: Inputs, specs: Sequence[TensorSpec], device: torch.device) -> dict[str, Tensor]:
@@ -23,6 +26,15 @@ def _to_tensor(array: Array, datatype: str, device: torch.device) -> Tensor:
     if datatype == "BF16":
         tensor = tensor.to(torch.bfloat16)
     return tensor if device.type == "cpu" else tensor.to(device)
+
+
+def token_mask(specs: Sequence[TensorSpec], values: Mapping[str, T]) -> T | None:
+    """Return which tokens count, [N, T], from the first padded input among `values`; None for a model without one.
+
+    Reducers and edits leave the others out.
+    """
+    padded = {spec.name: spec.pad for spec in specs if spec.pad is not None}
+    return next((tensor != padded[name] for name, tensor in values.items() if name in padded), None)
 
 
 def to_outputs(result: object, specs: Sequence[TensorSpec]) -> Outputs:

@@ -9,6 +9,7 @@ from typing import Final, ParamSpec, TypeVar
 
 import numpy as np
 
+from layercast.models.edits import Planned
 from layercast.models.manifest import LayerSpec, Manifest, TensorSpec
 from layercast.models.reducers import reduced_shape
 from layercast.proto.codec import CodecError, Tensor
@@ -118,10 +119,11 @@ class Answering:
         wanted: Wanted,
         call: Call,
         parameters: Mapping[str, InferParameter] = NO_PARAMETERS,
+        edits: tuple[Planned, ...] = (),
     ) -> Answered:
         """Run the rows and return what was asked for, after checking that it fits into a message.
 
-        `parameters` are the request's: `priority` and `timeout` say how its rows wait.
+        `parameters` are the request's: `priority` and `timeout` say how its rows wait. `edits` change layers for them.
         """
         if wanted.outputs:
             scopes.require(scopes.PREDICT, to="asking for outputs")
@@ -133,7 +135,7 @@ class Answering:
         check_size(manifest, taps, rows, token_length(manifest, inputs), self.max_bytes, wanted.outputs)
         if rows == 0:
             return Answered(_named(manifest, wanted, [_empty(manifest, taps)]), 0, 0, 0)
-        answers = await model.run(inputs, rows, taps, bool(wanted.outputs), terms)
+        answers = await model.run(inputs, rows, taps, bool(wanted.outputs), terms, edits)
         model.monitor.tapped(len(taps))
         return Answered(
             _named(manifest, wanted, answers),

@@ -34,7 +34,7 @@ RPC_SCOPES: Final[dict[str, tuple[str, ...]]] = {
     "SystemSharedMemoryRegister": (ADMIN,), "SystemSharedMemoryUnregister": (ADMIN,),
     "CudaSharedMemoryRegister": (ADMIN,), "CudaSharedMemoryUnregister": (ADMIN,),
     "TraceSetting": (ADMIN,), "LogSettings": (ADMIN,),
-    "ListLayers": (METADATA,), "Extract": (FEATURES,), "Explain": (FEATURES,),
+    "ListLayers": (METADATA,), "Extract": (FEATURES,), "Explain": (FEATURES,), "Steer": (FEATURES,),
 }  # fmt: skip
 """Any one of the scopes is enough. An RPC that is not here takes `admin`."""
 

@@ -1,8 +1,9 @@
 """A real gRPC server in this process, whose models are a few lines of numpy. It does not use Layercast's codec."""
 
+import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 
+import layercast.client as lc
 from layercast.client.main import main
 from layercast.proto.messages import (
     ExplainRequest,
@@ -27,6 +29,7 @@ from layercast.proto.messages import (
     ModelMetadataResponse,
     ModelReadyRequest,
     ModelReadyResponse,
+    ModelStreamInferResponse,
     NamedTensor,
     RepositoryIndexResponse,
     ServerLiveResponse,
@@ -76,6 +79,7 @@ MODELS: dict[str, tuple[Tensors, Tensors, dict[str, Any]]] = {
     "malformed": ([("x", "FP32", [-1])], [("y", "FP32", [-1])], {}),
     "slow": ([("x", "FP32", [-1])], [("y", "FP32", [-1])], {}),
     "large": ([("x", "FP32", [-1])], [("y", "UINT8", [-1])], {}),
+    "doubtful": ([("x", "FP32", [-1])], [("y", "FP32", [-1])], {}),
     **{
         f"echo_{datatype}": ([("x", datatype, [-1, -1])], [("y", datatype, [-1, -1])], {})
         for datatype in ["BOOL", "UINT8", "INT32", "INT64", "FP16", "FP32", "FP64", "BF16", "BYTES"]
@@ -91,6 +95,8 @@ class FakeServer:
         self.requests: list[Any] = []
         self.headers: list[dict[str, Any]] = []
         self.released = threading.Event()
+        self.after = ""
+        self.drained = 0
         self.versions = ["2"]
         # Called with every ExtractRequest; a status that it returns is the answer.
         self.before: Callable[[ExtractRequest], grpc.StatusCode | None] = lambda request: None
@@ -110,6 +116,12 @@ class FakeServer:
         }
         for service, methods in ((INFERENCE_SERVICE, INFERENCE), (FEATURES_SERVICE, FEATURES)):
             handlers = {name: self._handler(method, calls[name]) for name, method in methods.items() if name in calls}
+            if service == INFERENCE_SERVICE:
+                handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+                    self.model_stream_infer,
+                    ModelInferRequest.FromString,
+                    ModelStreamInferResponse.SerializeToString,
+                )
             self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
         self.url = f"localhost:{self._server.add_insecure_port(f'localhost:{port}')}"
         self._server.start()
@@ -175,6 +187,10 @@ class FakeServer:
         elif request.model_name == "large":
             response.outputs.add(name="y", datatype="UINT8", shape=[5 << 20])
             response.raw_output_contents.append(bytes(5 << 20))
+        elif request.model_name == "doubtful":
+            response.outputs.add(name="y", datatype="FP32", shape=[1])
+            response.raw_output_contents.append(bytes(4))
+            response.parameters["warning"].string_param = "input 'x': want values from 0 to 1, got 0 to 7"
         elif request.model_name.startswith("echo_"):
             (given,) = request.inputs
             response.outputs.add(name="y", datatype=given.datatype, shape=given.shape)
@@ -182,6 +198,29 @@ class FakeServer:
         else:
             self._compute(request, response)
         return response
+
+    def model_stream_infer(
+        self, requests: Iterator[ModelInferRequest], context: grpc.ServicerContext
+    ) -> Iterator[ModelStreamInferResponse]:
+        """Answers in order. A NaN fails its own request; `after` says what becomes of the stream after four."""
+        self.headers.append(dict(context.invocation_metadata()))
+        for number, request in enumerate(requests):
+            self.requests.append(request)
+            if number == 4 and self.after:
+                if self.after == "ends":
+                    return
+                if self.after == "breaks":
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+                request.id = "17"
+            answer = ModelStreamInferResponse()
+            if any(np.isnan(np.frombuffer(raw, "<f4")).any() for raw in request.raw_input_contents):
+                answer.error_message = "input 'x': NaN"
+                answer.infer_response.id = request.id
+                answer.infer_response.parameters["error_code"].string_param = "INVALID_ARGUMENT"
+            else:
+                answer.infer_response.CopyFrom(self.model_infer(request))
+            yield answer
+        self.drained += 1
 
     def _compute(self, request: ModelInferRequest, response: ModelInferResponse) -> None:
         arrays = {
@@ -255,6 +294,60 @@ def server() -> Iterator[FakeServer]:
     fake = FakeServer()
     yield fake
     fake.stop()
+
+
+class Blocking:
+    """The asyncio client behind the face of the synchronous one."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._runner = asyncio.Runner()
+        self._client = lc.AsyncClient(url, **options)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+
+        async def call(*arguments: Any, **options: Any) -> Any:
+            return await method(*arguments, **options)
+
+        return lambda *arguments, **options: self._runner.run(call(*arguments, **options))
+
+    def predict_many(self, *arguments: Any, **options: Any) -> Iterator[Any]:
+        return self._each(self._client.predict_many(*arguments, **options))
+
+    def _each(self, results: AsyncGenerator[Any, None]) -> Iterator[Any]:
+        async def step() -> list[Any]:
+            async for result in results:
+                return [result]
+            return []
+
+        try:
+            while found := self._runner.run(step()):
+                yield found[0]
+        finally:
+            self._runner.run(results.aclose())
+
+    def finish(self) -> None:
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+
+@pytest.fixture(params=["sync", "async"])
+def connect(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """A maker of clients, of either kind; those that it made are closed."""
+    opened: list[Any] = []
+
+    def make(url: str, **options: Any) -> Any:
+        opened.append(lc.Client(url, **options) if request.param == "sync" else Blocking(url, **options))
+        return opened[-1]
+
+    yield make
+    for client in opened:
+        client.close() if isinstance(client, lc.Client) else client.finish()
+
+
+@pytest.fixture
+def client(connect: Callable[..., Any], server: FakeServer) -> Any:
+    return connect(server.url)
 
 
 @pytest.fixture

@@ -83,6 +83,13 @@ def test_predict_without_labels_prints_the_outputs(run: Run, tmp_path: Path) -> 
     assert json.loads(out) == {"model": "echo_FP32", "outputs": {"y": [[1.5, 2.5]]}}
 
 
+def test_the_servers_doubts_are_one_line(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([7.0], "f4"))
+    code, out, err = run("predict", "doubtful", str(tmp_path / "x.npy"))
+    assert (code, out) == (0, "y float32 [1]\n[0.]\n")
+    assert err == "layercast: InputWarning: input 'x': want values from 0 to 1, got 0 to 7\n"
+
+
 def test_features_table_and_file(run: Run, server: Any, tmp_path: Path) -> None:
     code, out, _ = run("features", "mnist", digit(7), "--layers", "net.0", "net.2@max", "--reduce", "mean")
     assert code == 0
@@ -220,3 +227,12 @@ def test_the_client_is_light() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program_text], check=True)
+    help_text = (
+        "import sys, layercast.client, layercast.client.main as program\n"
+        "assert program.main(['--help']) == 0\n"
+        "heavy = {'grpc', 'numpy', 'google.protobuf'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "from layercast.client import Client, InputWarning, LayerInfo\n"
+        "assert set(layercast.client.__all__) == set(dir(layercast.client))\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", help_text], check=True, stdout=subprocess.DEVNULL)
