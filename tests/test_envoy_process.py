@@ -39,8 +39,8 @@ def answers(port: str) -> None:
         old.sendall(b"GET /v2/health/ready HTTP/1.0\r\n\r\n")
         assert old.recv(100).startswith(b"HTTP/1.0 200 ")
     # gRPC's type over an HTTP that has no place for its status.
+    url = f"http://127.0.0.1:{port}{method.path}"
     with pytest.raises(urllib.error.HTTPError, match="404"):
-        url = f"http://127.0.0.1:{port}{method.path}"
         urllib.request.urlopen(urllib.request.Request(url, b"", {"content-type": "application/grpc"}), timeout=10)
 
 
