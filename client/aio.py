@@ -20,6 +20,7 @@ from layercast.client.connection import (
 from layercast.client.edits import Edit
 from layercast.client.errors import LayercastError, from_status
 from layercast.client.explaining import Targets
+from layercast.client.joining import Joining
 from layercast.client.many import DEFAULT_IN_FLIGHT, METHOD, Errors, Many, check_items
 from layercast.client.operations import Call, Operations, Outcome, Outputs, Question, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
@@ -137,6 +138,45 @@ class AsyncClient:
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
         return await self._run(steps, timeout)
 
+    async def stream_features(
+        self,
+        model: str,
+        inputs: Inputs,
+        layers: str | Sequence[str],
+        *,
+        reduce: str | None = None,
+        outputs: str | Sequence[str] | None = None,
+        version: str = "",
+        chunk_bytes: int = 0,
+        timeout: float | None = None,
+        id: str = "",
+    ) -> AsyncGenerator[dict[str, AnyArray], None]:
+        """See `Client.stream_features`."""
+        deadline = self._connection.deadline(timeout)
+        steps = self._operations.stream_features(model, inputs, layers, reduce, outputs, version, chunk_bytes, id)
+        call, metadata = await self._run(steps, timeout)
+        method = call.method
+        responses: Any = None
+        joining = Joining(model)
+        if refusal := self._refusal(call):
+            raise refusal
+        try:
+            opened = self._opened().unary_stream(
+                method.path, method.request.SerializeToString, method.response.FromString
+            )
+            headers = tuple(self._connection.headers.items())
+            responses = opened(call.request, timeout=deadline.left, metadata=headers)
+            async for response in responses:
+                if (arrays := joining.add(response)) is not None:
+                    yield arrays
+            joining.end()
+        except grpc.aio.AioRpcError as error:
+            self._operations.forget(metadata)
+            raise from_status(error, self._connection.url, deadline.timeout) from None
+        finally:
+            if responses is not None:
+                responses.cancel()
+
     async def steer(
         self,
         model: str,
@@ -233,6 +273,10 @@ class AsyncClient:
             result: Result = done.value
             return result
 
+    def _refusal(self, call: Call) -> LayercastError | None:
+        """The error for a call that can't be sent, or None."""
+        return LayercastError("this client is closed") if self._closed else self._connection.oversize(call.request)
+
     async def _many(
         self, items: AsyncItems, steps: Steps[Question], errors: Errors, in_flight: int, timeout: float | None
     ) -> AsyncGenerator[Any, None]:
@@ -247,11 +291,8 @@ class AsyncClient:
                 yield answer
 
     async def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
-        if self._closed:
-            return LayercastError("this client is closed")
-        oversize = self._connection.oversize(call.request)
-        if oversize is not None:
-            return oversize
+        if refusal := self._refusal(call):
+            return refusal
         method = call.method
         send = self._opened().unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
         headers = tuple(self._connection.headers.items())

@@ -17,6 +17,7 @@ from layercast.client.connection import (
 from layercast.client.edits import Edit
 from layercast.client.errors import LayercastError, from_status
 from layercast.client.explaining import Targets
+from layercast.client.joining import joined
 from layercast.client.many import DEFAULT_IN_FLIGHT, METHOD, Errors, Many, check_items
 from layercast.client.operations import Call, Operations, Outcome, Outputs, Question, Result, Steps
 from layercast.client.security import File, authorization, channel_credentials
@@ -72,7 +73,7 @@ class Client:
                 response_deserializer=method.response.FromString,
             )
             for method in (*INFERENCE.values(), *FEATURES.values())
-            if not method.client_streaming
+            if method.kind == "unary"
         }
 
     @overload
@@ -179,6 +180,45 @@ class Client:
         """
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
         return self._run(steps, timeout)
+
+    def stream_features(
+        self,
+        model: str,
+        inputs: Inputs,
+        layers: str | Sequence[str],
+        *,
+        reduce: str | None = None,
+        outputs: str | Sequence[str] | None = None,
+        version: str = "",
+        chunk_bytes: int = 0,
+        timeout: float | None = None,
+        id: str = "",
+    ) -> Generator[dict[str, AnyArray], None, None]:
+        """`features` for many rows or large layers: a dict for some rows at a time, in order, as they are computed.
+
+        Joined along dimension 0 they are what `features` gives. Each is of about `chunk_bytes` (0: 2 MiB), or of one
+        row where that is larger. The server computes little ahead of what is read; leaving the loop stops it.
+        `timeout` covers all of it, the caller's own time between two dicts too.
+        """
+        deadline = self._connection.deadline(timeout)
+        steps = self._operations.stream_features(model, inputs, layers, reduce, outputs, version, chunk_bytes, id)
+        call, metadata = self._run(steps, timeout)
+        method, responses = call.method, None
+        if refusal := self._refusal(call):
+            raise refusal
+        try:
+            opened = self._channel.unary_stream(
+                method.path, method.request.SerializeToString, method.response.FromString
+            )
+            headers = tuple(self._connection.headers.items())
+            responses = opened(call.request, timeout=deadline.left, metadata=headers)
+            yield from joined(model, responses)
+        except grpc.RpcError as error:
+            self._operations.forget(metadata)
+            raise from_status(error, self._connection.url, deadline.timeout) from None
+        finally:
+            if responses is not None:
+                responses.cancel()
 
     def steer(
         self,
@@ -297,6 +337,10 @@ class Client:
             result: Result = done.value
             return result
 
+    def _refusal(self, call: Call) -> LayercastError | None:
+        """The error for a call that can't be sent, or None."""
+        return LayercastError("this client is closed") if self._closed else self._connection.oversize(call.request)
+
     def _many(
         self, items: Iterator[Inputs], steps: Steps[Question], errors: Errors, in_flight: int, timeout: float | None
     ) -> Generator[Any, None, None]:
@@ -308,11 +352,8 @@ class Client:
         yield from results(stream, many, items, self._connection.deadline(timeout).timeout)
 
     def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
-        if self._closed:
-            return LayercastError("this client is closed")
-        oversize = self._connection.oversize(call.request)
-        if oversize is not None:
-            return oversize
+        if refusal := self._refusal(call):
+            return refusal
         headers = tuple(self._connection.headers.items())
         try:
             return self._calls[call.method.path](call.request, timeout=deadline.left, metadata=headers)

@@ -21,6 +21,7 @@ from layercast.proto.messages import (
     ExplainResponse,
     ExtractRequest,
     ExtractResponse,
+    ExtractStreamRequest,
     ListLayersRequest,
     ListLayersResponse,
     ModelInferRequest,
@@ -88,20 +89,29 @@ class Operations:
     ) -> Steps[dict[str, AnyArray]]:
         """See `Client.features`."""
         metadata = yield from self._known(model, version)
-        request = ExtractRequest(
-            model_name=model,
-            model_version=version,
-            id=identifier,
-            layers=taps(layers, reduce),
-            outputs=[outputs] if isinstance(outputs, str) else outputs,
-        )
-        with encoding():
-            request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
+        request = _extraction(metadata, model, inputs, layers, reduce, outputs, version, identifier)
         response: ExtractResponse = yield from self._with_model(Call(FEATURES["Extract"], request), metadata)
         if response.warning:
             pass_on(response.warning)
         with decoding(model):
             return decode_named([*response.layers, *response.outputs], kind="output", limit=None)
+
+    def stream_features(
+        self,
+        model: str,
+        inputs: Inputs,
+        layers: str | Sequence[str],
+        reduce: str | None,
+        outputs: str | Sequence[str] | None,
+        version: str,
+        chunk_bytes: int,
+        identifier: str,
+    ) -> Steps[tuple[Call, ModelMetadata]]:
+        """The RPC whose answers are read by `Client.stream_features`, and what is to be forgotten when it fails."""
+        metadata = yield from self._known(model, version)
+        request = _extraction(metadata, model, inputs, layers, reduce, outputs, version, identifier)
+        asked = ExtractStreamRequest(extract=request, chunk_bytes=chunk_bytes)
+        return Call(FEATURES["ExtractStream"], asked), metadata
 
     def steer(
         self,
@@ -256,6 +266,28 @@ class Question:
         if self.outputs is None and len(self.metadata.outputs) == 1 and len(arrays) == 1:
             return next(iter(arrays.values()))
         return arrays
+
+
+def _extraction(
+    metadata: ModelMetadata,
+    model: str,
+    inputs: Inputs,
+    layers: str | Sequence[str],
+    reduce: str | None,
+    outputs: str | Sequence[str] | None,
+    version: str,
+    identifier: str,
+) -> ExtractRequest:
+    request = ExtractRequest(
+        model_name=model,
+        model_version=version,
+        id=identifier,
+        layers=taps(layers, reduce),
+        outputs=[outputs] if isinstance(outputs, str) else outputs,
+    )
+    with encoding():
+        request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
+    return request
 
 
 def _ask(call: Call) -> Steps[Any]:

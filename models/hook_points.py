@@ -58,6 +58,11 @@ def registered_hooks(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if any(getattr(module, table) for table in _HOOK_TABLES)]
 
 
+def hook_count(model: nn.Module) -> int:
+    """Return how many forward and backward hooks there are on the modules inside `model` and on itself."""
+    return sum(len(getattr(module, table)) for module in model.modules() for table in _HOOK_TABLES)
+
+
 @contextmanager
 def fused_attention_off() -> Iterator[None]:
     """Switch torch's fused transformer path off: it computes without calling the modules inside, so no hook fires.

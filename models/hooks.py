@@ -6,8 +6,8 @@
 Needs no server. One forward at a time per model: the hooks sit on the model's own modules.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -68,7 +68,7 @@ class _Tap:
 class _Captures:
     """What one forward has given so far."""
 
-    calls: Counter[str] = field(default_factory=Counter)
+    calls: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     values: dict[tuple[_Tap, LayerName], Tensor] = field(default_factory=dict)
     seen: dict[LayerName, None] = field(default_factory=dict)
     pending: set[LayerName] | None = None
@@ -103,8 +103,11 @@ class FeatureExtractor:
         self._taps = [_Tap(Pattern(glob), reducers) for glob, reducers in map(split_tap, dict.fromkeys(layers))]
         self._modules = select_modules(model, [tap.pattern for tap in self._taps])
         self._kinds = module_kinds(self._modules)
+        # Matching takes longer than a small module, and is the same in every forward.
+        self._matches: dict[tuple[LayerName, bool], tuple[_Tap, ...]] = {}
         self._counts: Counter[str] = Counter()
         self._expected: frozenset[LayerName] | None = None
+        self._indexed = known is not None
         if known is not None:
             self._learn_from_index(known)
         self._handles: list[RemovableHandle] = []
@@ -131,6 +134,10 @@ class FeatureExtractor:
         while self._handles:
             self._handles.pop().remove()
 
+    def release(self) -> None:
+        """Let go of the values of the last forward, for an extractor that is kept to be opened again."""
+        self._captures = _Captures()
+
     def run(self, *inputs: Any, token_mask: Tensor | None = None, **named_inputs: Any) -> Extraction:
         """Run the model once and return what was asked for.
 
@@ -151,17 +158,17 @@ class FeatureExtractor:
         finally:
             self._token_mask = None
             self._captures.pending = None
-        features = self._named()
-        self._check_complete(features)
-        if not stopped:
+        selected = list(self._selected())
+        self._check_complete({tap for tap, _ in selected})
+        if not stopped and not self._indexed:
             self._counts = Counter(self._captures.calls)
-            self._expected = frozenset(name for _, name in self._selected())
-        return Extraction(features, output if self._predictions else None, stopped)
+            self._expected = frozenset(name for _, name in selected)
+        return Extraction(self._named(selected), output if self._predictions else None, stopped)
 
     @property
     def features(self) -> dict[str, Tensor]:
         """Features of the last forward, also of one that the caller ran through the model itself."""
-        return self._named()
+        return self._named(self._selected())
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         if self._captures.calls:  # the caller runs the model directly, again
@@ -171,18 +178,18 @@ class FeatureExtractor:
         def collect(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             captures = self._captures
             call = captures.calls[path]
-            captures.calls[path] += 1
+            captures.calls[path] = call + 1
             found = list(flatten_output(output))
-            if isinstance(module, nn.MultiheadAttention) and self._wants(LayerName(path, call, WEIGHTS)):
+            weighted = LayerName(path, call, WEIGHTS)
+            if isinstance(module, nn.MultiheadAttention) and self._selecting(weighted, repeated=True):
                 weights = attention_weights(module, args, kwargs)
                 found += [] if weights is None else [(WEIGHTS, weights)]
             for part, tensor in found:
                 name = LayerName(path, call, part)
                 captures.seen[name] = None
-                for tap in self._taps:
-                    # Whether it is called again is not known yet, so any name it may get is accepted here.
-                    if self._selects(tap, name, repeated=True):
-                        captures.values[tap, name] = self._value(tensor, tap, name)
+                # Whether it is called again is not known yet, so any name it may get is accepted here.
+                for tap in self._selecting(name, repeated=True):
+                    captures.values[tap, name] = self._value(tensor, tap, name)
                 if captures.pending is not None:
                     captures.pending.discard(name)
             if captures.pending is not None and not captures.pending:
@@ -204,25 +211,26 @@ class FeatureExtractor:
         return name.text(repeated=False) in self._clone or name.text(repeated=True) in self._clone
 
     def _repeated(self, path: str) -> bool:
-        return max(self._captures.calls[path], self._counts[path]) > 1
+        return self._captures.calls[path] > 1 or self._counts[path] > 1
 
     def _selected(self) -> Iterator[tuple[_Tap, LayerName]]:
         for tap, name in self._captures.values:
-            if self._selects(tap, name, self._repeated(name.path)):
+            if tap in self._selecting(name, self._repeated(name.path)):
                 yield tap, name
 
-    def _wants(self, name: LayerName) -> bool:
-        return any(self._selects(tap, name, repeated=True) for tap in self._taps)
+    def _selecting(self, name: LayerName, repeated: bool) -> tuple[_Tap, ...]:
+        found = self._matches.get((name, repeated))
+        if found is None:
+            kind = self._kinds.get(name.path, "")
+            found = tuple(tap for tap in self._taps if tap.pattern.selects(name, repeated, kind))
+            self._matches[name, repeated] = found
+        return found
 
-    def _selects(self, tap: _Tap, name: LayerName, repeated: bool) -> bool:
-        return tap.pattern.selects(name, repeated, self._kinds.get(name.path, ""))
-
-    def _named(self) -> dict[str, Tensor]:
+    def _named(self, selected: Iterable[tuple[_Tap, LayerName]]) -> dict[str, Tensor]:
         values = self._captures.values
-        return {tap.key(name.text(self._repeated(name.path))): values[tap, name] for tap, name in self._selected()}
+        return {tap.key(name.text(self._repeated(name.path))): values[tap, name] for tap, name in selected}
 
-    def _check_complete(self, features: Mapping[str, Tensor]) -> None:
-        found = {tap for tap, _ in self._selected()}
+    def _check_complete(self, found: Collection[_Tap]) -> None:
         for tap in self._taps:
             if tap not in found:
                 seen = sorted(self._captures.seen, key=lambda name: (name.path, name.call, name.part))
@@ -237,11 +245,10 @@ class FeatureExtractor:
         for name, repeated in names:
             if repeated:
                 self._counts[name.path] = max(self._counts[name.path], name.call + 1)
-        self._expected = frozenset(
-            name for name, repeated in names if any(self._selects(tap, name, repeated) for tap in self._taps)
-        )
+        self._expected = frozenset(name for name, repeated in names if self._selecting(name, repeated))
+        known_taps = {tap for name, repeated in names for tap in self._selecting(name, repeated)}
         for tap in self._taps:
-            if not any(self._selects(tap, name, repeated) for name, repeated in names):
+            if tap not in known_taps:
                 kinds = module_kinds(dict(self._model.named_modules()))
                 layers = {name.text(repeated): kinds.get(name.path, "") for name, repeated in names}
                 raise LayerError(f"no layer matches {tap.pattern.text!r}{nearest(tap.pattern.text, layers)}")

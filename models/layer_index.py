@@ -1,7 +1,7 @@
 """The layer index: every tensor inside a model that can be tapped, found by running the model."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,33 @@ def build_index(module: nn.Module, examples: Examples) -> list[LayerSpec]:
     ran = {name.path for name in runs[0].tensors}
     specs += [_absent(path, part, runs) for path, part in module.named_modules() if path and path not in ran]
     return specs
+
+
+def names_given(module: nn.Module, inputs: Mapping[str, Tensor]) -> set[str]:
+    """Run `module` once and return the names, as in an index, of all tensors that the modules inside returned."""
+    calls: Counter[str] = Counter()
+    names: set[LayerName] = set()
+
+    def watch(path: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def note(part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            parts = [key for key, _ in flatten_output(output)]
+            if attention_weights(part, args, kwargs) is not None:
+                parts.append(WEIGHTS)
+            names.update(LayerName(path, calls[path], key) for key in parts)
+            calls[path] += 1
+
+        return note
+
+    handles = [
+        part.register_forward_hook(watch(path), with_kwargs=True) for path, part in module.named_modules() if path
+    ]
+    try:
+        with torch.inference_mode(), fused_attention_off():
+            module(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name.text(repeated=calls[name.path] > 1) for name in names}
 
 
 def _run(module: nn.Module, examples: Examples, batch: int, length: int) -> _Run:

@@ -20,7 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+_READ_VERSIONS: Final = (1, SCHEMA_VERSION)
+"""Version 2 brought `onnx_values`."""
+
 MANIFEST_FILE: Final = "manifest.json"
 WEIGHTS_FILE: Final = "weights.safetensors"
 GOLDEN_FILE: Final = "golden.safetensors"
@@ -149,10 +152,11 @@ class Manifest(_Strict):
     """Contents of `manifest.json`. Every file name in it is a plain name inside the artefact's directory.
 
     `architecture` is a name of the registry, `package.module:factory` of an installed package, or, with the source
-    file in `code`, `net.py:factory`.
+    file in `code`, `net.py:factory`. `onnx_values` tells which value inside the program `onnx` carries a layer, by the
+    layer's path; a layer that is not in it has none.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     version: int = Field(ge=1)
     description: str = ""
@@ -164,6 +168,7 @@ class Manifest(_Strict):
     preprocessing: dict[str, JsonValue] | None = None
     labels: tuple[str, ...] = ()
     layers: tuple[LayerSpec, ...] = ()
+    onnx_values: dict[str, str] = {}
     programs: dict[Program, str] = {}
     golden: str = GOLDEN_FILE
     parity: dict[Program, dict[int, float]] = {}
@@ -200,6 +205,9 @@ class Manifest(_Strict):
                 raise ValueError(f"files: {name!r} is used but not listed")
         if ("onnx-int8" in self.programs) != (self.int8 is not None):
             raise ValueError("int8: want its figures with a program onnx-int8, and only then")
+        available = {layer.path for layer in self.layers if layer.available}
+        for path in sorted(self.onnx_values.keys() - available):
+            raise ValueError(f"onnx_values: {path!r} is no layer that can be tapped")
         return self
 
     @cached_property
@@ -219,9 +227,9 @@ class Manifest(_Strict):
             raise ManifestError(f"{path}: {error.strerror or error}") from error
         except ValueError as error:
             raise ManifestError(f"{path}: not JSON: {error}") from error
-        if isinstance(content, dict) and content.get("schema_version") != SCHEMA_VERSION:
+        if isinstance(content, dict) and content.get("schema_version") not in _READ_VERSIONS:
             raise ManifestError(
-                f"{path}: schema_version: this release reads {SCHEMA_VERSION}, "
+                f"{path}: schema_version: this release reads {' and '.join(map(str, _READ_VERSIONS))}, "
                 f"got {content.get('schema_version')!r}; export the model again"
             )
         try:

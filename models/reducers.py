@@ -16,6 +16,9 @@ from layercast.models.projection import Projection
 REDUCERS: Final = ("none", "mean", "max", "flatten", "cls", "last", "heads", "norm", "fp16", "projD")
 """Names of the reducers; `l2norm` is another name of `norm`, `projD` stands for `proj64` or `proj64:SEED`."""
 
+POOLING: Final = ("mean", "max", "cls", "last")
+"""Reducers that leave one vector a row of a map over places or tokens."""
+
 _ALIASES: Final = {"l2norm": "norm"}
 _OF_TOKENS: Final = ("cls", "last")
 
@@ -83,6 +86,19 @@ def reduced_shape(shape: Sequence[int], reducers: str) -> tuple[int, ...]:
             _want_narrow(projection, result)
             result = (result[0], projection.size)
     return result
+
+
+def pools(shape: Sequence[int], reducers: str) -> bool:
+    """Return whether values of `shape`, -1 for a size that depends on the input, are [N, D] with a fixed D after them.
+
+    Something of a map over places or tokens that is only laid out in another way (`flatten`), or projected, is not.
+    """
+    for name in reducers.split("@"):
+        if len(shape) > 2 and (name == "flatten" or _projection(name) is not None):
+            return False
+        if name in POOLING:
+            shape = reduced_shape(shape, name)
+    return len(shape) == 1 or (len(shape) == 2 and shape[1] != -1)
 
 
 def _projection(name: str) -> Projection | None:

@@ -94,6 +94,54 @@ class ExtractResponse(_message.Message):
     warning: str
     def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., id: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., warning: _Optional[str] = ...) -> None: ...
 
+class ExtractStreamRequest(_message.Message):
+    __slots__ = ("extract", "chunk_bytes")
+    EXTRACT_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    extract: ExtractRequest
+    chunk_bytes: int
+    def __init__(self, extract: _Optional[_Union[ExtractRequest, _Mapping]] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
+
+class ExtractStreamResponse(_message.Message):
+    __slots__ = ("model_name", "model_version", "id", "total_rows", "first_row", "rows", "layers", "outputs", "timing", "warning", "partial")
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    model_name: str
+    model_version: str
+    id: str
+    total_rows: int
+    first_row: int
+    rows: int
+    layers: _containers.RepeatedCompositeFieldContainer[TensorPart]
+    outputs: _containers.RepeatedCompositeFieldContainer[TensorPart]
+    timing: Timing
+    warning: str
+    partial: bool
+    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., id: _Optional[str] = ..., total_rows: _Optional[int] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[TensorPart, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorPart, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., warning: _Optional[str] = ..., partial: _Optional[bool] = ...) -> None: ...
+
+class TensorPart(_message.Message):
+    __slots__ = ("name", "datatype", "shape", "offset", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATATYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    datatype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    offset: int
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., datatype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class Timing(_message.Message):
     __slots__ = ("queue_ns", "compute_ns", "batch_rows")
     QUEUE_NS_FIELD_NUMBER: _ClassVar[int]

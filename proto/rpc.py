@@ -1,6 +1,7 @@
 """The RPCs as data: what a client calls and a server registers, without generated service classes."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
@@ -24,6 +25,13 @@ class Method:
     response: type[Message]
     client_streaming: bool
     server_streaming: bool
+
+    @property
+    def kind(self) -> Literal["unary", "server_stream", "bidi_stream"]:
+        """How many messages go each way; no RPC of ours takes several and answers with one."""
+        if self.client_streaming:
+            return "bidi_stream"
+        return "server_stream" if self.server_streaming else "unary"
 
 
 def _method(descriptor: MethodDescriptor) -> Method:

@@ -61,6 +61,16 @@ def onnxruntime_clash() -> str | None:
     )
 
 
+def let_idle_threads_sleep() -> None:
+    """Have OpenMP's threads, which torch computes with, sleep while they wait. Works until torch is imported.
+
+    By default they spin for a while after each part of a forward, which takes their processors from the event loop:
+    on two busy processors a batch then takes ten times as long. What the operator has set stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # GNU's, of torch's own wheels
+    os.environ.setdefault("KMP_BLOCKTIME", "0")  # Intel's and LLVM's
+
+
 def cpu_budget(root: Path = Path("/")) -> int:
     """Whole processors this process may use: its affinity, capped by the cgroup quotas above it; at least 1.
 

@@ -7,18 +7,25 @@ from dataclasses import dataclass
 
 from layercast.models.layer_names import match_layers, nearest
 from layercast.models.manifest import LayerSpec, Manifest
-from layercast.models.reducers import REDUCERS, ReducerError, gives_floats, reduced_shape, split_tap
+from layercast.models.reducers import POOLING, REDUCERS, ReducerError, gives_floats, pools, reduced_shape, split_tap
 from layercast.proto.codec import DATATYPES, quoted
 from layercast.server.errors import InvalidArgument, ResourceExhausted
+from layercast.server.settings import ModelSettings
 from layercast.server.work import Tap
 
 MAX_PATTERNS = 256
 MAX_PATTERN_LENGTH = 256
 MAX_REDUCERS = 4
+OFF = "this model gives no layers (its setting features is false)"
+NOT_LISTED = "this model gives only the layers that its setting feature_layers lists"
+POOLED_ONLY = f"this model gives its layers pooled only, reduced by {', '.join(POOLING)}"
 PREFIX = "layer:"
 """An output of this prefix names a layer, not an output of the model."""
 
-_ENVELOPE = 64 << 10  # names, shapes and parameters beside the values
+ENVELOPE = 64 << 10
+"""Bytes of a message beside its values, for names, shapes and parameters."""
+
+_TAP_ENVELOPE = 320  # the same of one tensor, the longest names included
 _FLOATS = ("FP16", "BF16", "FP32", "FP64")
 _ITEM_SIZES = {name: dtype.itemsize for name, dtype in DATATYPES.items() if dtype.kind != "O"} | {"BF16": 2}
 
@@ -31,11 +38,12 @@ class Asked:
     tap: Tap
 
 
-def resolve(manifest: Manifest, patterns: Sequence[str], field: str) -> list[Asked]:
+def resolve(manifest: Manifest, patterns: Sequence[str], field: str, settings: ModelSettings) -> list[Asked]:
     """Return the taps that `patterns` (`glob[@reducer]`, without prefix) select, in the order asked, none twice.
 
-    Raises InvalidArgument for an unknown layer (with the nearest), one that can't be tapped (with the reason), or an
-    unknown reducer. `field` is the path of the patterns in the request; `{}` in it stands for the position.
+    Raises InvalidArgument for an unknown layer (with the nearest), one that can't be tapped (with the reason), an
+    unknown reducer, one that the model's `settings` do not allow there, and more layers than they allow. `field` is
+    the path of the patterns in the request; `{}` in it stands for the position.
     """
     found: dict[Tap, Asked] = {}
     if len(patterns) > MAX_PATTERNS:
@@ -48,13 +56,24 @@ def resolve(manifest: Manifest, patterns: Sequence[str], field: str) -> list[Ask
                 f"a layer pattern of {len(pattern)} characters; at most {MAX_PATTERN_LENGTH} may be",
                 field=field.format(position),
             )
-        for tap in _taps(manifest, pattern, field.format(position)):
+        for tap in _taps(manifest, pattern, field.format(position), settings):
             suffix = "" if tap.reducer == "none" else f"@{tap.reducer}"
             found.setdefault(tap, Asked(f"{tap.layer}{suffix}", tap))
+        check_number(len(found), settings, field.format(position))
     return list(found.values())
 
 
-def _taps(manifest: Manifest, pattern: str, field: str) -> list[Tap]:
+def check_number(taps: int, settings: ModelSettings, field: str) -> None:
+    """Raise InvalidArgument when so many layers are more than one request may ask for."""
+    if taps > settings.max_taps:
+        raise InvalidArgument(
+            f"{taps} layers are asked for, this model gives at most {settings.max_taps} to one request; "
+            "ask for fewer, or in several requests",
+            field=field,
+        )
+
+
+def _taps(manifest: Manifest, pattern: str, field: str, settings: ModelSettings) -> list[Tap]:
     if pattern.count("@") > MAX_REDUCERS:
         raise InvalidArgument(
             f"layer {quoted(pattern)}: {pattern.count('@')} reducers; at most {MAX_REDUCERS} may follow each other",
@@ -74,6 +93,11 @@ def _taps(manifest: Manifest, pattern: str, field: str) -> list[Tap]:
         raise InvalidArgument(f"layer {layers[0].path!r} can't be tapped: {layers[0].reason}", field=field)
     for layer in available:
         _check_reducer(layer, reducer, field)
+        if settings.features == "pooled" and not pools(layer.shape, reducer):
+            raise InvalidArgument(
+                f"layer {layer.path!r} of shape {list(layer.shape)}: {POOLED_ONLY}; ask for {layer.path}@mean",
+                field=field,
+            )
     return [Tap(layer.path, reducer) for layer in available]
 
 
@@ -84,10 +108,12 @@ def _check_reducer(layer: LayerSpec, reducer: str, field: str) -> None:
         raise InvalidArgument(f"layer {layer.path!r}: {error}", field=field) from error
 
 
-def answer_bytes(manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None) -> int:
-    """Return how many bytes the tapped values of `rows` rows take; `length` is the size of dynamic dimensions.
+def answer_bytes(
+    manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None, outputs: Sequence[str] = ()
+) -> int:
+    """Return how many bytes the tapped values, and the outputs, of `rows` rows take.
 
-    Raises InvalidArgument when a reducer doesn't fit a layer of that length.
+    `length` is the size of dynamic dimensions; InvalidArgument when a reducer doesn't fit a layer of that length.
     """
     total = 0
     for tap in taps:
@@ -97,6 +123,9 @@ def answer_bytes(manifest: Manifest, taps: Sequence[Tap], rows: int, length: int
         except ReducerError as error:  # a length at which the reducer no longer fits
             raise InvalidArgument(f"layer {layer.path!r}: {error}") from error
         total += math.prod(shape) * _ITEM_SIZES[reduced_datatype(layer, tap)]
+    for spec in manifest.outputs:
+        if spec.name in outputs:
+            total += math.prod(_sizes(spec.shape, rows, length)) * _ITEM_SIZES.get(spec.datatype, 1)
     return total
 
 
@@ -120,14 +149,25 @@ def check_size(
     manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None, limit: int, outputs: Sequence[str] = ()
 ) -> None:
     """Raise ResourceExhausted, before anything is allocated, when the values asked for would not fit into a message."""
-    size = answer_bytes(manifest, taps, rows, length) + _ENVELOPE
-    for spec in manifest.outputs:
-        if spec.name in outputs:
-            size += math.prod(_sizes(spec.shape, rows, length)) * _ITEM_SIZES.get(spec.datatype, 1)
+    size = answer_bytes(manifest, taps, rows, length, outputs) + max(ENVELOPE, len(taps) * _TAP_ENVELOPE)
     if size > limit:
+        stream = ", or take the layers in parts (ExtractStream)" if taps else ""
         raise ResourceExhausted(
             f"the values asked for take {size:,} bytes for {rows} rows, an answer holds {limit:,}; "
-            f"send fewer rows, fewer layers, or reduce on the server ({', '.join(REDUCERS[1:4])})"
+            f"send fewer rows, fewer layers, or reduce on the server ({', '.join(REDUCERS[1:4])}){stream}"
+        )
+
+
+def check_feature_bytes(
+    manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None, settings: ModelSettings
+) -> None:
+    """Raise ResourceExhausted when layers' values are more than one request may ask for, however they are sent."""
+    size, limit = answer_bytes(manifest, taps, rows, length), settings.max_feature_bytes
+    if size > limit:
+        raise ResourceExhausted(
+            f"the layers asked for take {size:,} bytes for {rows} rows, model {manifest.name!r} gives at most "
+            f"{limit:,} to one request; send fewer rows, fewer layers, or reduce on the server "
+            f"({', '.join(REDUCERS[1:4])})"
         )
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -23,6 +24,7 @@ from layercast.server.service.administration import AdministrationService, Share
 from layercast.server.service.answering import Answering
 from layercast.server.service.control import ModelControl
 from layercast.server.service.explaining import ExplainService
+from layercast.server.service.feature_stream import FeatureStreamService
 from layercast.server.service.features import FeatureService
 from layercast.server.service.inference import InferenceService
 from layercast.server.service.metadata import MetadataService
@@ -41,6 +43,9 @@ from layercast.server.web.app import application, metrics_application
 logger = logging.getLogger(__name__)
 
 _SERVICES = ("", INFERENCE_SERVICE, FEATURES_SERVICE)
+_WAITING_THREADS: Final = 4
+"""Threads beside those that compute, for what waits for a disk or for another thread."""
+
 _CLOSING_SECONDS: Final = 0.5
 """What handlers have to send their last answers, and then models and ports to close."""
 
@@ -49,14 +54,14 @@ class Server:
     """A whole server in one event loop. `start`, then `shut_down`; the ports are known after `start`'s first part."""
 
     def __init__(self, settings: Settings) -> None:
-        threads = environment.cpu_budget()
+        self._threads = threads = environment.cpu_budget()
         torch.set_num_threads(threads)
         self._settings = settings
         security = Security.read(settings)
         self.metrics = Metrics()
         self.metrics.build_info.info(environment.versions())
         self.repository = Repository(settings, self.metrics, threads)
-        answering = Answering(self.repository, self.metrics, settings.max_message_bytes)
+        self.answering = answering = Answering(self.repository, self.metrics, settings.max_message_bytes)
         inference = InferenceService(answering)
         services = {
             INFERENCE_SERVICE: (
@@ -69,6 +74,7 @@ class Server:
             ),
             FEATURES_SERVICE: (
                 FeatureService(self.repository, answering),
+                FeatureStreamService(answering),
                 ExplainService(answering),
                 SteeringService(answering),
             ),
@@ -92,6 +98,9 @@ class Server:
 
     async def start(self) -> None:
         """Take the ports, answer probes with "not ready", load the models, become ready. StartError when that fails."""
+        # Python's own counts the machine's processors, which may be many more than this process may use.
+        work = ThreadPoolExecutor(self._threads + _WAITING_THREADS, thread_name_prefix="layercast-work")
+        asyncio.get_running_loop().set_default_executor(work)
         host = self._settings.host
         self.grpc_port = self._grpc.bind(host, self._settings.grpc_port)
         self.http_port = self._http.bind(host, self._settings.http_port)

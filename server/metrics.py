@@ -16,6 +16,7 @@ LATENCY_BUCKETS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 ROW_BUCKETS: Final = tuple(2**power for power in range(13))
+SHARE_BUCKETS: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 UNKNOWN: Final = "(unknown)"
 
 _MODEL: Final = ("model", "version")
@@ -68,10 +69,7 @@ class Metrics:
             (*_MODEL, "kind"),
         )
         self.cancelled = self._counter("layercast_cancelled_total", "Requests whose caller left", (*_MODEL, "when"))
-        self.taps = self._counter("layercast_feature_taps_total", "Layers read by forward hooks", _MODEL)
-        self.steered = self._counter(
-            "layercast_steered_requests_total", "Requests answered with values inside the model changed", _MODEL
-        )
+        self._features()
         self.request_duration = self._histogram(
             "layercast_request_duration_seconds", "From the decoded request to the ready answer", (*_MODEL, "kind")
         )
@@ -85,6 +83,36 @@ class Metrics:
         self.queue_bytes = self._gauge("layercast_queue_bytes", "Bytes of the inputs that wait now", _MODEL)
         self.queue_capacity_bytes = self._gauge("layercast_queue_capacity_bytes", "Bytes that may wait", _MODEL)
         self.inflight = self._gauge("layercast_inflight_requests", "Requests being answered now", _MODEL)
+
+    def _features(self) -> None:
+        self.taps = self._counter("layercast_feature_taps_total", "Layers read, once a request and layer", _MODEL)
+        self.feature_batches = self._counter(
+            "layercast_feature_batches_total",
+            "Batches in which a row taps a layer, by what read it",
+            (*_MODEL, "engine"),
+        )
+        self.steered = self._counter(
+            "layercast_steered_requests_total", "Requests answered with values inside the model changed", _MODEL
+        )
+        self.feature_bytes = self._counter(
+            "layercast_feature_bytes_total", "Bytes of layers' values in answers, after reducers", _MODEL
+        )
+        self.early_exits = self._histogram(
+            "layercast_early_exit_skipped_ratio",
+            "Forwards that stopped after the deepest layer asked for, by the share of layers that did not run",
+            _MODEL,
+            SHARE_BUCKETS,
+        )
+        self.hooks = self._gauge("layercast_hooks", "Hooks on the model's modules now; 0 while nothing runs", _MODEL)
+        self.explain_evaluations = self._counter(
+            "layercast_explain_evaluations_total", "Rows run through the model for explanations", (*_MODEL, "method")
+        )
+        self.explain_duration = self._histogram(
+            "layercast_explain_duration_seconds", "Time that one explanation computed", (*_MODEL, "method")
+        )
+        self.explain_steps = self._histogram(
+            "layercast_explain_steps", "Evaluations for each row of one explanation", (*_MODEL, "method"), ROW_BUCKETS
+        )
 
     def _transport(self) -> None:
         self.rpc_started = self._counter("grpc_server_started_total", "RPCs started", _RPC)

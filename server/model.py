@@ -1,6 +1,7 @@
 """A model version that answers: its manifest, its runners, its batcher, its counts."""
 
 import asyncio
+import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from layercast.models.edits import Planned
 from layercast.models.manifest import WEIGHTS_FILE, Manifest
 from layercast.server.batching.batcher import Batcher
 from layercast.server.batching.policy import Limits
+from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import InvalidArgument
 from layercast.server.monitor import ModelMonitor
 from layercast.server.runner import Runner
@@ -26,7 +28,8 @@ class Loaded:
     """A version that was loaded, checked and warmed up.
 
     `runners` are its instances, which share nothing; each computes with `threads` threads. `warmup_ms` is one warm
-    forward of one row, `note` what an operator should know of a version that answers.
+    forward of one row, `note` what an operator should know of a version that answers, `engines` which engine runs which
+    batch of plain predictions.
     """
 
     manifest: Manifest
@@ -36,6 +39,7 @@ class Loaded:
     load_seconds: float
     warmup_ms: float
     note: str = ""
+    engines: str = ""
 
     @property
     def runner(self) -> Runner:
@@ -76,6 +80,12 @@ class ServedModel:
         self._holders = 0
         self._free = asyncio.Event()
         self._free.set()
+        engines = [runner.eager for runner in loaded.runners if runner.eager]
+        for engine in engines:
+            engine.on_stopped = monitor.stopped_early
+        monitor.watch_hooks(partial(_hooks, [weakref.ref(engine) for engine in engines]))
+        for runner in loaded.runners:
+            runner.on_tapped = monitor.read_by
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)
@@ -151,6 +161,11 @@ class ServedModel:
             shape = inputs[spec.name].shape[1:]
             key.append((_bucket(shape[0]), *shape[1:]) if spec.pad is not None and not exact else shape)
         return tuple(key)
+
+
+def _hooks(engines: Sequence["weakref.ref[EagerEngine]"]) -> int:
+    """Return how many hooks there are; the metric that asks must not keep an old version in memory."""
+    return sum(engine.hooks for ref in engines if (engine := ref()))
 
 
 def _parts(inputs: Mapping[str, Array], rows: int, most: int) -> Sequence[tuple[Mapping[str, Array], int]]:

@@ -2,15 +2,17 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
+from layercast.models.explain import METHODS
 from layercast.server.batching.policy import Execution, Limits, Phase, Reason, Rejection
 from layercast.server.errors import ServingError
 from layercast.server.metrics import Metrics
 
-Kind = Literal["predict", "features"]
-_KINDS: Final[tuple[Kind, ...]] = ("predict", "features")
+Kind = Literal["predict", "features", "explain"]
+_KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 _REASONS: Final[tuple[Reason, ...]] = ("full", "preferred", "timeout", "idle", "drain")
 _REJECTIONS: Final[tuple[Rejection, ...]] = ("queue_full", "too_large", "queue_timeout", "draining")
 _PHASES: Final[tuple[Phase, ...]] = ("queued", "running")
@@ -66,6 +68,13 @@ class ModelMonitor:
         own = (model, version)
         self._rows = metrics.rows.labels(*own)
         self._taps = metrics.taps.labels(*own)
+        self._feature_bytes = metrics.feature_bytes.labels(*own)
+        self._early_exits = metrics.early_exits.labels(*own)
+        self._hooks = metrics.hooks.labels(*own)
+        self._evaluations = {method: metrics.explain_evaluations.labels(*own, method) for method in METHODS}
+        self._explain_duration = {method: metrics.explain_duration.labels(*own, method) for method in METHODS}
+        self._explain_steps = {method: metrics.explain_steps.labels(*own, method) for method in METHODS}
+        self._feature_batches = {engine: metrics.feature_batches.labels(*own, engine) for engine in ("eager", "onnx")}
         self._steered = metrics.steered.labels(*own)
         self._queue_rows = metrics.queue_rows.labels(*own)
         self._queue_bytes = metrics.queue_bytes.labels(*own)
@@ -122,9 +131,32 @@ class ModelMonitor:
         """A caller went away."""
         self._cancelled[when].inc()
 
-    def tapped(self, layers: int) -> None:
-        """A request was given the values of so many layers."""
+    def read_by(self, engine: str) -> None:
+        """The layers that a batch taps were read by `engine`. May be called from any thread."""
+        self._feature_batches[engine].inc()
+
+    def tapped(self, layers: int, size: int) -> None:
+        """A request, or a part of one, was given so many layers' values, of so many bytes."""
         self._taps.inc(layers)
+        self._feature_bytes.inc(size)
+
+    def stopped_early(self, skipped: float) -> None:
+        """A forward stopped with this share of the layers not run. Called from any thread."""
+        self._early_exits.observe(skipped)
+
+    def watch_hooks(self, count: Callable[[], float]) -> None:
+        """Show what `count` returns at each scrape as the hooks on the model's modules."""
+        self._hooks.set_function(count)
+
+    def evaluated(self, method: str, rows: int) -> None:
+        """So many rows ran for an explanation, answered or not."""
+        if rows:
+            self._evaluations[method].inc(rows)
+
+    def explained(self, method: str, steps: float, compute_ns: int) -> None:
+        """An explanation was made, with so many evaluations for each of its rows."""
+        self._explain_steps[method].observe(steps)
+        self._explain_duration[method].observe(compute_ns / 1e9)
 
     def steered(self) -> None:
         """A request was answered with layers changed as it said."""

@@ -39,6 +39,7 @@ class Repository(Index):
         self._metrics = metrics
         self._threads = threads
         self._trust = Trust.of(settings.trust)
+        self._choices = settings.cache / "engines"
         self._root = Path()
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         # One load at a time: two would take twice the memory and the processors from those that answer.
@@ -175,7 +176,7 @@ class Repository(Index):
             if isinstance(settings, StartError) or found.lacking:
                 raise LoadError(found.lacking or str(settings))
             run = asyncio.get_running_loop().run_in_executor
-            loaded = await run(self._loader, load, found.directory, settings, self._threads, self._trust)
+            loaded = await run(self._loader, load, found.directory, settings, self._threads, self._trust, self._choices)
             if (loaded.manifest.name, loaded.manifest.version) != (entry.name, entry.number):
                 raise LoadError(f"its manifest is of {loaded.manifest.name!r} version {loaded.manifest.version}")
         except LoadError as error:

@@ -59,6 +59,14 @@ Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], BeforeVali
 Names = Annotated[tuple[str, ...], BeforeValidator(_parts), NoDecode]
 
 
+def _word(value: object) -> object:
+    """Return a boolean, as TOML writes it without quotes, as the word that the command line gives."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["true", "pooled", "false"], BeforeValidator(_word)]
+
+
 class ModelSettings(BaseModel):
     """Knobs of one model: the server's values, overridden by `<repository>/<model>/layercast.toml`."""
 
@@ -85,12 +93,30 @@ class ModelSettings(BaseModel):
         default=1, ge=1, le=64, description="copies that run at the same time, each with its part of the processors"
     )
     engine: EngineName = Field(
-        default="auto", description="what runs plain predictions; auto takes the fastest measured, but never onnx-int8"
+        default="auto",
+        description="what runs plain predictions; auto takes the fastest measured for each size of batch",
+    )
+    allow_int8: bool = Field(
+        default=False, description="let auto take onnx-int8 too, which is faster for some models and less accurate"
     )
     device: DeviceName = Field(default="auto", description="where models run; auto takes a GPU if there is one")
     steering: bool = Field(default=False, description="let callers change layers for their own rows (Steer)")
     versions: Literal["all", "latest"] = Field(
         default="all", description="which versions are served; latest is the highest that loads"
+    )
+    features: Switch = Field(
+        default="true",
+        description="whether callers get layers: true, pooled (one vector a row, no map of places or tokens), false",
+    )
+    feature_layers: Names = Field(
+        default=("*",), description="patterns of the layers that callers may ask for; repeat it for several"
+    )
+    max_taps: int = Field(default=1024, ge=1, le=65_536, description="layers that one request may ask for")
+    max_feature_bytes: int = Field(
+        default=4 << 30, ge=1, le=1 << 40, description="bytes of layers' values that one request may ask for"
+    )
+    max_explain_evaluations: int = Field(
+        default=65_536, ge=1, le=1 << 30, description="rows that one explanation may run, its steps or samples counted"
     )
 
     @model_validator(mode="after")

@@ -119,7 +119,7 @@ class Server:
             files={"weights.safetensors": _ENTRY, "golden.safetensors": _ENTRY},
         )
         engine = _Engine(model.function)
-        loaded = Loaded(manifest, model.settings, (Runner(manifest, engine, None),), 1, 0.0, 0.0)
+        loaded = Loaded(manifest, model.settings, (Runner(manifest, engine, None, None),), 1, 0.0, 0.0)
         monitor = ModelMonitor(self.metrics, name, str(model.version), "cpu", loaded.limits)
         return ServedModel(loaded, monitor)
 

@@ -1,6 +1,7 @@
 """A real server on loopback ports for tests, in this process."""
 
 import asyncio
+import tempfile
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from layercast.server.lifecycle import Server
 from layercast.server.settings import read
 
 T = TypeVar("T")
+
+_CACHE = tempfile.TemporaryDirectory(prefix="layercast-cache-")
+"""What servers remember lies here, and not in the cache of who runs the tests; removed when the process ends."""
 
 
 class Running:
@@ -31,7 +35,8 @@ class Running:
     def rpc(self, name: str) -> Callable[..., Any]:
         """Return the stub of the RPC `name`, of either service."""
         method = {**INFERENCE, **FEATURES}[name]
-        return self.channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
+        make = self.channel.unary_stream if method.kind == "server_stream" else self.channel.unary_unary
+        return make(method.path, method.request.SerializeToString, method.response.FromString)
 
     def call(self, name: str, request: Any, timeout: float = 30.0) -> Any:
         """Call the RPC `name` and return its answer."""
@@ -61,7 +66,14 @@ def running(repository: Path, **settings: Any) -> Iterator[Running]:
     """Start a server on `repository` with `settings` on free ports, yield it ready, and shut it down."""
 
     async def start(ports: dict[str, object]) -> Server:
-        given = {"repository": repository, "metrics_port": 0, "drain_seconds": 5.0, **ports, **settings}
+        given = {
+            "repository": repository,
+            "metrics_port": 0,
+            "drain_seconds": 5.0,
+            "cache": Path(_CACHE.name),
+            **ports,
+            **settings,
+        }
         server = Server(read(given))
         try:
             await server.start()

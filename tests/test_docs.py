@@ -199,11 +199,15 @@ def test_the_metrics_table_is_what_a_server_with_models_shows(zoo_served: Runnin
 def test_the_table_of_calls_is_what_the_server_answers(zoo_served: Running) -> None:
     answered = {}
     for name, method in {**INFERENCE, **FEATURES}.items():
-        make = zoo_served.channel.stream_stream if method.client_streaming else zoo_served.channel.unary_unary
-        call = make(method.path, method.request.SerializeToString, method.response.FromString)
+        makes = {"unary": "unary_unary", "server_stream": "unary_stream", "bidi_stream": "stream_stream"}
+        call = getattr(zoo_served.channel, makes[method.kind])(
+            method.path, method.request.SerializeToString, method.response.FromString
+        )
         try:
-            if method.client_streaming:
+            if method.kind == "bidi_stream":
                 list(call(iter([method.request()]), timeout=30))
+            elif method.kind == "server_stream":
+                list(call(method.request(), timeout=30))
             else:
                 call(method.request(), timeout=30)
             answered[name] = True

@@ -115,12 +115,14 @@ def test_a_server_runs_int8_when_the_models_owner_asks_for_it(quantised, caplog)
     np.testing.assert_allclose(features, wanted[:1], atol=1e-4)
 
 
-def test_auto_never_takes_int8(quantised, caplog):
-    caplog.set_level("INFO", "layercast.server.loader")
-    loaded = load(quantised, ModelSettings(engine="auto", device="cpu"), threads=1)
-    assert loaded.runner.fast.name != "onnx-int8"
-    assert "onnx " in caplog.text
-    assert "int8" not in caplog.text
+@pytest.mark.parametrize("allowed", [False, True])
+def test_auto_tries_int8_only_where_the_models_owner_allows_it(quantised, caplog, allowed):
+    caplog.set_level("INFO", "layercast.server.engines")
+    loaded = load(quantised, ModelSettings(engine="auto", device="cpu", allow_int8=allowed), threads=1)
+    assert allowed or loaded.runner.fast.name != "onnx-int8"
+    tried = caplog.text.partition("measured ")[2]
+    assert "onnx (1 thread)" in tried
+    assert ("onnx-int8 (1 thread)" in tried) == allowed
 
 
 def test_an_int8_program_that_answers_otherwise_than_at_the_export_is_not_served(quantised, tmp_path):

@@ -187,20 +187,26 @@ def test_with_trust_predictions_and_layers_equal_the_original(foreign):
                 np.testing.assert_allclose(answer, wanted["pooler_output"].numpy(), atol=1e-4)
 
 
-def test_without_trust_predictions_are_served_and_layers_refused_with_the_fix(foreign):
+def test_without_trust_layers_come_from_the_onnx_program_or_are_refused_with_the_fix(foreign):
     with serving(foreign.repository, *FREE) as server:
         port = server.read_until(READY)[1]
         with Client(f"127.0.0.1:{port}") as client:
             _assert_predictions(client, foreign)
             fixes = {"bert": "--trust artefact-code", "densenet": f"--trust {DENSENET}"}
             reasons = {info.name: info.reason for info in client.models()}
+            asked = {"bert": _texts(3, 7), "densenet": {"x": _images(3)}}
+            originals = {"bert": foreign.bert, "densenet": foreign.densenet}
             for model, fix in fixes.items():
-                layers = client.layers(model)
-                assert layers
-                assert not any(layer.available for layer in layers)
-                assert fix in layers[0].reason
                 assert fix in reasons[model]
-            with pytest.raises(InvalidArgument, match="not trusted.*--trust artefact-code"):
-                client.features("bert", _texts(1, 4), ["embeddings"])
+                layers = client.layers(model)
+                _, inside = _offline(originals[model], **asked[model])
+                for _ in range(9):  # past the trials, so that parts of the program answer too
+                    got = client.features(model, asked[model], ["*"])
+                assert got.keys() == {layer.path for layer in layers if layer.available}
+                compared = got.keys() & inside.keys()
+                assert len(compared) > len(layers) / 2
+                for path in compared:
+                    np.testing.assert_allclose(got[path], inside[path], atol=1e-4, rtol=1e-4, err_msg=path)
+            assert fixes["densenet"] in {layer.path: layer for layer in layers}["features.conv0"].reason
             with pytest.raises(InvalidArgument, match=f"not trusted.*--trust {DENSENET}"):
-                client.features("densenet", _images(1), ["*"])
+                client.features("densenet", _images(1), ["features.conv0"])

@@ -162,7 +162,7 @@ def test_a_manifest_that_names_a_function_of_the_system_calls_nothing(artefact, 
     assert loaded.runner.eager is None
     assert loaded.runner.fast.name in ("onnx", "torchscript", "exported")
     assert "--trust os:mkdir" in loaded.note
-    assert not any(layer.available for layer in loaded.manifest.layers)
+    assert all(layer.path in loaded.manifest.onnx_values for layer in loaded.manifest.layers if layer.available)
     with pytest.raises(LoadError, match="engine eager is asked for, but its code, os:mkdir, is not trusted"):
         load(directory, ModelSettings(engine="eager"), 1)
     with pytest.raises(FactoryError, match="not trusted"):
@@ -204,13 +204,15 @@ def test_code_in_an_artefact_is_checked_like_every_file(artefact):
 
 def test_a_server_says_in_its_index_why_layers_are_missing(artefact):
     rewrite(artefact, architecture="room.nets:Net")
+    fault = "its code, room.nets:Net, is not trusted; start the server with --trust room.nets:Net"
     with running(artefact) as server:
         (version,) = server.server.repository.versions()
         assert (version.state, version.model is not None) == ("READY", True)
-        assert version.reason == (
-            "layers are not available: its code, room.nets:Net, is not trusted; "
-            "start the server with --trust room.nets:Net"
-        )
+        assert version.reason == f"layers are read from the ONNX program, 3 of 3: {fault}"
+    rewrite(artefact, onnx_values={})
+    with running(artefact) as server:
+        (version,) = server.server.repository.versions()
+        assert version.reason == f"layers are not available: {fault}"
 
 
 @pytest.fixture

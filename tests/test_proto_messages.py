@@ -93,6 +93,11 @@ FIELDS = {
     " layers=5:string* outputs=6:string*",
     "layercast.v1.ExtractResponse": "model_name=1:string model_version=2:string id=3:string layers=4:NamedTensor*"
     " outputs=5:NamedTensor* timing=6:Timing warning=7:string",
+    "layercast.v1.ExtractStreamRequest": "extract=1:ExtractRequest chunk_bytes=2:int64",
+    "layercast.v1.ExtractStreamResponse": "model_name=1:string model_version=2:string id=3:string total_rows=4:int64"
+    " first_row=5:int64 rows=6:int64 layers=7:TensorPart* outputs=8:TensorPart* timing=9:Timing warning=10:string"
+    " partial=11:bool",
+    "layercast.v1.TensorPart": "name=1:string datatype=2:string shape=3:int64* offset=4:int64 data=5:bytes",
     "layercast.v1.ExplainRequest": "model_name=1:string model_version=2:string id=3:string inputs=4:NamedTensor*"
     " method=5:string targets=6:int64* options=7:ExplainOptions output=8:string input=9:string",
     "layercast.v1.ExplainOptions": "layer=1:string steps=2:int32 baseline=3:double samples=4:int32 noise=5:double"
@@ -135,11 +140,12 @@ def test_fields_have_the_protocol_numbers_and_types(message: str) -> None:
 def test_every_rpc_is_in_the_table_with_its_messages() -> None:
     for service, methods in (("inference.GRPCInferenceService", INFERENCE), ("layercast.v1.FeatureService", FEATURES)):
         unary = UNARY[service].split()
-        assert set(methods) - {"ModelStreamInfer"} == set(unary)
+        assert set(methods) - {"ModelStreamInfer", "ExtractStream"} == set(unary)
         for name in unary:
             method = methods[name]
             assert method.path == f"/{service}/{name}"
             assert (method.client_streaming, method.server_streaming) == (False, False)
+            assert method.kind == "unary"
             assert method.request is getattr(messages, f"{name}Request")
             assert method.response is getattr(messages, f"{name}Response")
 
@@ -151,6 +157,13 @@ def test_the_stream_rpc_wraps_responses() -> None:
         "ModelInferRequest",
         "ModelStreamInferResponse",
     )
+
+
+def test_the_stream_of_layers_wraps_a_request() -> None:
+    method = FEATURES["ExtractStream"]
+    assert (method.client_streaming, method.server_streaming, method.kind) == (False, True, "server_stream")
+    assert method.request.DESCRIPTOR.name == "ExtractStreamRequest"
+    assert method.response.DESCRIPTOR.name == "ExtractStreamResponse"
 
 
 def test_datatype_enum() -> None:

@@ -7,6 +7,7 @@ from layercast.models.manifest import FileEntry, LayerSpec, Manifest, TensorSpec
 from layercast.server.errors import InvalidArgument, ResourceExhausted
 from layercast.server.layers import answer_bytes, check_size, resolve
 from layercast.server.service.requests import check_inputs, resolve_outputs, token_length
+from layercast.server.settings import ModelSettings
 from layercast.server.work import Tap
 
 ENTRY = FileEntry(sha256="0" * 64, bytes=1)
@@ -86,8 +87,8 @@ def test_a_wrong_datatype_names_both():
 
 
 def test_no_requested_output_means_all_and_an_order_is_kept():
-    assert resolve_outputs(MANIFEST, []).order == ("logits", "aux")
-    wanted = resolve_outputs(MANIFEST, ["aux", "layer:stem@mean", "logits"])
+    assert resolve_outputs(MANIFEST, [], ModelSettings()).order == ("logits", "aux")
+    wanted = resolve_outputs(MANIFEST, ["aux", "layer:stem@mean", "logits"], ModelSettings())
     assert wanted.order == ("aux", "layer:stem@mean", "logits")
     assert wanted.outputs == ("aux", "logits")
     assert [asked.tap for asked in wanted.layers] == [Tap("stem", "mean")]
@@ -110,17 +111,21 @@ def test_no_requested_output_means_all_and_an_order_is_kept():
 )
 def test_wrong_outputs_get_a_clear_error(names, message):
     with pytest.raises(InvalidArgument, match=message):
-        resolve_outputs(MANIFEST, names)
+        resolve_outputs(MANIFEST, names, ModelSettings())
 
 
 def test_a_glob_selects_what_can_be_tapped_in_order():
-    assert [asked.name for asked in resolve(MANIFEST, ["*"], "layers[{}]")] == ["stem", "blocks.0", "blocks.1"]
-    assert [asked.name for asked in resolve(MANIFEST, ["blocks.*@mean", "stem"], "layers[{}]")] == [
+    assert [asked.name for asked in resolve(MANIFEST, ["*"], "layers[{}]", ModelSettings())] == [
+        "stem",
+        "blocks.0",
+        "blocks.1",
+    ]
+    assert [asked.name for asked in resolve(MANIFEST, ["blocks.*@mean", "stem"], "layers[{}]", ModelSettings())] == [
         "blocks.0@mean",
         "blocks.1@mean",
         "stem",
     ]
-    assert [asked.name for asked in resolve(MANIFEST, ["type:B*@proj8:3"], "layers[{}]")] == [
+    assert [asked.name for asked in resolve(MANIFEST, ["type:B*@proj8:3"], "layers[{}]", ModelSettings())] == [
         "blocks.0@proj8:3",
         "blocks.1@proj8:3",
     ]
@@ -147,9 +152,9 @@ def test_a_length_that_a_projection_cannot_take_is_refused():
 def test_patterns_are_bounded_and_many_stars_cost_nothing():
     for names in (["layer:stem"] * 257, ["layer:" + "*" * 300]):
         with pytest.raises(InvalidArgument, match="at most 256"):
-            resolve_outputs(MANIFEST, names)
+            resolve_outputs(MANIFEST, names, ModelSettings())
     with pytest.raises(InvalidArgument, match="no layer"):
-        resolve_outputs(MANIFEST, ["layer:" + "*b" * 60 + "x"])
+        resolve_outputs(MANIFEST, ["layer:" + "*b" * 60 + "x"], ModelSettings())
 
 
 def test_the_token_dimension_is_found():

@@ -48,7 +48,9 @@ def status(server, name: str, authorization: str | None) -> grpc.StatusCode:
     method = METHODS[name]
     metadata = [("authorization", authorization)] if authorization is not None else []
     try:
-        if method.client_streaming:
+        if method.kind == "server_stream":
+            list(server.channel.unary_stream(method.path)(b"", metadata=metadata, timeout=20))
+        elif method.kind == "bidi_stream":
             list(server.channel.stream_stream(method.path)(iter([b""]), metadata=metadata, timeout=20))
         else:
             server.channel.unary_unary(method.path)(b"", metadata=metadata, timeout=20)

@@ -156,7 +156,7 @@ BROKEN = {
     "a flipped byte": (lambda v: flip(v / "weights.safetensors"), "weights.safetensors: sha256"),
     "a cut program": (lambda v: (v / "model.onnx").write_bytes(b""), "model.onnx has 0 of [0-9]+ bytes"),
     "a missing file": (lambda v: (v / "model.ts").unlink(), "model.ts"),
-    "a future schema": (lambda v: edit(v / "manifest.json", lambda m: m.update(schema_version=2)), "schema_version"),
+    "a future schema": (lambda v: edit(v / "manifest.json", lambda m: m.update(schema_version=9)), "schema_version"),
     "no JSON": (lambda v: (v / "manifest.json").write_text("{"), "not JSON"),
     "another architecture": (
         lambda v: edit(v / "manifest.json", lambda m: m.update(architecture="MLP")),

@@ -28,7 +28,7 @@ LIMIT = 4 << 20
 UNARY = {
     method.path: method.request.DESCRIPTOR.full_name
     for method in (*INFERENCE.values(), *FEATURES.values())
-    if not method.client_streaming
+    if method.kind == "unary"
 } | {f"/{health.SERVICE_NAME}/Check": "grpc.health.v1.HealthCheckRequest"}
 MALFORMED = {
     "truncated": b"\x0a\x7fabc",

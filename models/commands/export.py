@@ -104,7 +104,8 @@ def _export(folder: Path, target: Path, args: argparse.Namespace) -> None:
     # Here, not above: --help and a refusal need no torch.
     from layercast.models.artefact import module_from_card
     from layercast.models.card import CARD_FILE, Card
-    from layercast.models.export.writer import export_artefact, refuse_existing
+    from layercast.models.export.staging import refuse_existing
+    from layercast.models.export.writer import export_artefact
 
     _one_thread()
     refuse_existing(target, args.force)
@@ -137,7 +138,10 @@ class _Reporter:
             print(f"{self._label:<16} onnx-int8    {quantize.summary(manifest.int8)}", flush=True)
         size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
         seconds = time.perf_counter() - start
-        print(f"wrote {self._target}  {len(manifest.layers)} layers, {size:.1f} MB, {seconds:.1f} s", flush=True)
+        values = f" ({len(manifest.onnx_values)} in the ONNX program)" if "onnx" in manifest.programs else ""
+        print(
+            f"wrote {self._target}  {len(manifest.layers)} layers{values}, {size:.1f} MB, {seconds:.1f} s", flush=True
+        )
 
 
 def _one_thread() -> None:

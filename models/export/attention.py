@@ -57,17 +57,21 @@ class _PaddedSelfAttention(RewriteRuleClassBase):
         weights, biases = (
             np.concatenate([_constant(found[f"{kind}{name}"]) for name in _PROJECTIONS], axis=-1) for kind in "wb"
         )
-        return op.Attention(
+        counts = op.Not(_padding(hidden))
+        joined = op.Attention(
             x,
             op.initializer(ir.tensor(weights), f"{attended.name}.weights"),
             op.initializer(ir.tensor(biases), f"{attended.name}.biases"),
-            op.Cast(op.Not(_padding(hidden)), to=_INT32),
+            op.Cast(counts, to=_INT32),
             num_heads=_head_count(heads),
             scale=1 / float(_constant(scale)),
             mask_filter_value=float(_constant(lowest)),
             _domain=DOMAIN,
             _version=1,
         )
+        # A row of padding alone attends to nothing, where the operator gives the mean of its values.
+        tokens = op.Cast(op.Unsqueeze(counts, op.Constant(value_ints=[2])), to=ir.DataType.FLOAT)
+        return op.Mul(joined, op.ReduceMax(tokens, op.Constant(value_ints=[1]), keepdims=1))
 
     @staticmethod
     def _project(op: Any, x: Any, weight: Any, bias: Any) -> Any:

@@ -1,5 +1,6 @@
 """ONNX programs, one file each, by torch's graph-based exporter. Needs the `export` extra to write."""
 
+import ast
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch.export import ExportedProgram
 from layercast.models.examples import KINDS, Examples
 from layercast.models.export.checks import ExportError
 from layercast.models.export.exported import EXAMPLE_BATCH, dynamic_shapes
-from layercast.models.export.operators import untranslated
+from layercast.models.export.operators import INSIDE, untranslated
 from layercast.models.export.parity import difference_of, onnx_runner
 from layercast.models.manifest import TensorSpec
 
@@ -22,14 +23,18 @@ OPSET: Final = 20
 """Version of the ONNX operators that programs use; ONNX Runtime has run it since 1.17."""
 
 _FUSED_LIMIT: Final = 1e-5
+_SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _LOGGER: Final = "torch.onnx._internal.exporter._registration"
 
 
 def write(
     program: ExportedProgram, inputs: Mapping[str, Tensor], specs: Sequence[TensorSpec], outputs: Sequence[str],
     path: Path, name: str,
-) -> None:  # fmt: skip
-    """Translate the captured `program` into `path`, with the names of inputs and outputs."""
+) -> dict[str, list[str]]:  # fmt: skip
+    """Translate the captured `program` into `path`, with the names of inputs and outputs.
+
+    Returns the paths of the modules that each value was computed in, outermost first, by the value's name.
+    """
     try:
         with _quiet():
             translated = torch.onnx.export(
@@ -54,9 +59,24 @@ def write(
         ) from error
     if translated is None:
         raise ExportError(f"{name}: torch.onnx.export returned nothing. This is a bug.")
+    scopes = _scopes(translated.model)
     plain = _serialise(translated.model)
     fused = _fused(plain)
     path.write_bytes(fused if fused and _agree(plain, fused, specs, outputs) else plain)
+    return scopes
+
+
+def _scopes(model: Any) -> dict[str, list[str]]:
+    """Read where values were computed from the exporter's notes, which are not kept."""
+    found: dict[str, list[str]] = {}
+    for node in model.graph:
+        try:
+            scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        except (ValueError, SyntaxError):
+            continue
+        paths = [scope.removeprefix(INSIDE) for scope in scopes if scope.startswith(INSIDE)]
+        found |= {output.name: paths for output in node.outputs}
+    return found
 
 
 def opsets(content: bytes) -> dict[str, int]:

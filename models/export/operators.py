@@ -15,7 +15,7 @@ _OURS: Final = frozenset({"aten", "prim", "prims", "profiler", "quantized"})
 """Namespaces of torch itself. What others register lives in the process that registered it."""
 
 _UNTRANSLATED: Final = re.compile(r"Error when translating node .*?target=torch\.ops\.(?P<operator>\w+\.\w+)")
-_INSIDE: Final = "module."
+INSIDE: Final = "module."
 """Where `Positional` keeps the module that is exported."""
 
 
@@ -32,7 +32,7 @@ def check_traced(program: Any, module: Positional, name: str) -> None:
         kind = str(node.kind())
         if kind.partition("::")[0] not in _OURS:
             path = str(node.scopeName()).rpartition("/")[2].removeprefix("__module.")
-            inside = path.removeprefix(_INSIDE) if path.startswith(_INSIDE) else ""
+            inside = path.removeprefix(INSIDE) if path.startswith(INSIDE) else ""
             raise _custom(name, kind, describe(module.module, inside))
 
 
@@ -58,7 +58,7 @@ def _caller(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path, kind = next(reversed(stack.values())) if stack else ("", "the model")
     short = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
-    return f"module {path.removeprefix(_INSIDE)!r} ({short})" if path.startswith(_INSIDE) else f"{short} itself"
+    return f"module {path.removeprefix(INSIDE)!r} ({short})" if path.startswith(INSIDE) else f"{short} itself"
 
 
 def _custom(name: str, operator: str, where: str) -> ExportError:

@@ -1,11 +1,7 @@
 """Writes an artefact: checks, layer index, weights, programs with their parity, golden values, manifest."""
 
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +15,12 @@ from torch.export import ExportedProgram
 from layercast.models.artefact import build, load_weights, save_weights
 from layercast.models.card import Card
 from layercast.models.examples import Examples
-from layercast.models.export import exported, onnx, parity, torchscript
+from layercast.models.export import exported, onnx, onnx_values, parity, torchscript
 from layercast.models.export.calibration import Calibration
 from layercast.models.export.checks import ExportError, check_interface, check_rows, check_state
 from layercast.models.export.int8 import write as quantise
 from layercast.models.export.positional import Positional, named_outputs
+from layercast.models.export.staging import refuse_existing, staged
 from layercast.models.foreign.factory import Code
 from layercast.models.foreign.trust import Trust
 from layercast.models.layer_index import build_index
@@ -46,11 +43,15 @@ _GOLDEN_SEED: Final = 20
 
 @dataclass(frozen=True)
 class Written:
-    """One program that passed its parity check: largest difference by batch size, seconds to write and check it."""
+    """One program that passed its parity check: largest difference by batch size, seconds to write and check it.
+
+    `values` tells which of its values carries a layer, by path; only those of the program `onnx` are looked for.
+    """
 
     program: Program
     parity: dict[int, float]
     seconds: float
+    values: Mapping[str, str]
 
     @property
     def largest(self) -> float:
@@ -88,13 +89,14 @@ def export_artefact(
     check_interface(module, checked, examples)
     layers = build_index(module, examples)
     check_rows(module, checked, examples, layers)
-    with _staged(directory, force) as stage:
+    with staged(directory, force) as stage:
         save_weights(module, stage / WEIGHTS_FILE)
         if code:
             (stage / code.name).write_bytes(code.content)
         _check_weights(module, checked, examples, stage, code)
         _write_golden(module, checked, stage)
-        written = list(_write_programs(module, checked, examples, stage, programs, report, left_out))
+        writer = _Programs(module, checked, examples, stage, layers)
+        written = list(_write_programs(writer, programs, report, left_out))
         int8 = _write_int8(checked, stage, calibration) if calibration else None
         manifest = _manifest(checked, version, code, layers, written, int8, stage)
         manifest.write(stage)
@@ -121,6 +123,7 @@ def _manifest(
         preprocessing=card.preprocessing,
         labels=card.labels,
         layers=tuple(layers),
+        onnx_values={path: value for done in written for path, value in done.values.items()},
         programs={program: PROGRAM_FILES[program] for program in made},
         parity={done.program: done.parity for done in written},
         opsets=_opsets(stage),
@@ -133,12 +136,6 @@ def _manifest(
     )
 
 
-def refuse_existing(directory: Path, force: bool) -> None:
-    """Raise ExportError if `directory` exists and may not be replaced."""
-    if directory.exists() and not force:
-        raise ExportError(f"{directory} exists already; choose another version or pass --force to replace it")
-
-
 def _version(directory: Path) -> int:
     if not directory.name.isdecimal() or int(directory.name) < 1:
         raise ExportError(f"{directory}: the last part must be the version, a whole number from 1")
@@ -146,27 +143,24 @@ def _version(directory: Path) -> int:
 
 
 def _write_programs(
-    module: nn.Module, card: Card, examples: Examples, stage: Path, programs: Sequence[Program],
-    report: Callable[[Written], None], left_out: Callable[[Program, str], None] | None,
+    writer: "_Programs", programs: Sequence[Program], report: Callable[[Written], None],
+    left_out: Callable[[Program, str], None] | None,
 ) -> Iterator[Written]:  # fmt: skip
-    writer = _Programs(module, card, examples, stage)
     reasons = []
     for program in programs:
-        start = time.perf_counter()
         try:
-            differences = writer.write(program)
+            done = writer.write(program)
         except ExportError as error:
             if left_out is None:
                 raise
-            (stage / PROGRAM_FILES[program]).unlink(missing_ok=True)
-            reasons.append(str(error).removeprefix(f"{card.name}: "))
+            writer.path(program).unlink(missing_ok=True)
+            reasons.append(str(error).removeprefix(f"{writer.name}: "))
             left_out(program, str(error))
             continue
-        done = Written(program, differences, time.perf_counter() - start)
         report(done)
         yield done
     if programs and len(reasons) == len(programs):
-        raise ExportError(f"{card.name}: no program could be written: {reasons[0]}")
+        raise ExportError(f"{writer.name}: no program could be written: {reasons[0]}")
 
 
 def _write_int8(card: Card, stage: Path, calibration: Calibration) -> Int8:
@@ -185,9 +179,12 @@ def _opsets(stage: Path) -> dict[str, int]:
 class _Programs:
     """Writes programs of one module and holds them against it."""
 
-    def __init__(self, module: nn.Module, card: Card, examples: Examples, stage: Path) -> None:
+    def __init__(self, module: nn.Module, card: Card, examples: Examples, stage: Path, layers: list[LayerSpec]) -> None:
+        self.name = card.name
         self._card = card
+        self._examples = examples
         self._stage = stage
+        self._layers = layers
         self._outputs = [spec.name for spec in card.outputs]
         self._wrapped = Positional(module, [spec.name for spec in card.inputs], self._outputs)
         self._inputs = examples.make(exported.EXAMPLE_BATCH)
@@ -195,21 +192,31 @@ class _Programs:
 
     @cached_property
     def _captured(self) -> ExportedProgram:
-        return exported.capture(self._wrapped, self._inputs, self._card.inputs, self._card.name)
+        return exported.capture(self._wrapped, self._inputs, self._card.inputs, self.name)
 
-    def write(self, program: Program) -> dict[int, float]:
-        """Write `program` and return how far it is from the module, by batch size."""
-        path, card = self._stage / PROGRAM_FILES[program], self._card
+    def path(self, program: Program) -> Path:
+        """Return where `program` is written."""
+        return self._stage / PROGRAM_FILES[program]
+
+    def write(self, program: Program) -> Written:
+        """Write `program` and find out how far it is from the module."""
+        path, card, start = self.path(program), self._card, time.perf_counter()
+        scopes: onnx_values.Scopes = {}
         if program == "torchscript":
             torchscript.write(self._wrapped, self._inputs, path, card.name)
             run = parity.torch_runner(torchscript.load_bytes(path.read_bytes()))
         elif program == "onnx":
-            onnx.write(self._captured, self._inputs, card.inputs, self._outputs, path, card.name)
+            scopes = onnx.write(self._captured, self._inputs, card.inputs, self._outputs, path, card.name)
             run = parity.onnx_runner(path.read_bytes(), self._outputs)
         else:
             exported.write(self._captured, path)
             run = parity.torch_runner(exported.load_bytes(path.read_bytes()))
-        return parity.measure(program, run, self._tried, card.name)
+        differences = parity.measure(program, run, self._tried, card.name)
+        values: dict[str, str] = {}
+        if program == "onnx":
+            module, content = self._wrapped.module, path.read_bytes()
+            values = onnx_values.find(module, self._examples, self._layers, content, scopes)
+        return Written(program, differences, time.perf_counter() - start, values)
 
 
 def _check_weights(module: nn.Module, card: Card, examples: Examples, stage: Path, code: Code | None) -> None:
@@ -237,51 +244,3 @@ def _write_golden(module: nn.Module, card: Card, stage: Path) -> None:
     tensors = {f"input.{name}": value for name, value in inputs.items()}
     tensors |= {f"output.{name}": value.contiguous().clone() for name, value in outputs.items()}
     (stage / GOLDEN_FILE).write_bytes(safetensors.torch.save(tensors))
-
-
-@contextmanager
-def _staged(directory: Path, force: bool) -> Iterator[Path]:
-    """Yield an empty directory beside `directory` that takes its place when the block ends without an error."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        stage.chmod(0o777 & ~_umask())  # mkdtemp's are private, but a server may run as another user
-        yield stage
-        if force and directory.exists():
-            _replace(stage, directory)
-        else:
-            _take_place(stage, directory)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _replace(stage: Path, directory: Path) -> None:
-    """Put `stage` where `directory` is, which steps aside first: a directory cannot be renamed over a full one."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-    old = aside / directory.name
-    try:
-        with suppress(FileNotFoundError):  # another process replaces it too
-            directory.rename(old)
-        try:
-            _take_place(stage, directory)
-        except BaseException:
-            if old.exists() and not directory.exists():
-                old.rename(directory)
-            raise
-    finally:
-        shutil.rmtree(aside)
-
-
-def _take_place(stage: Path, directory: Path) -> None:
-    try:
-        stage.rename(directory)
-    except OSError as error:
-        if directory.exists():
-            raise ExportError(f"{directory} was written by another process meanwhile") from error
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

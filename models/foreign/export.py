@@ -19,7 +19,8 @@ from layercast.models.examples import Examples
 from layercast.models.export.calibration import Calibration
 from layercast.models.export.checks import ExportError, module_at
 from layercast.models.export.positional import named_outputs
-from layercast.models.export.writer import Written, export_artefact, refuse_existing
+from layercast.models.export.staging import refuse_existing
+from layercast.models.export.writer import Written, export_artefact
 from layercast.models.foreign.factory import Code, build
 from layercast.models.foreign.inputs import InputFault, parse_inputs
 from layercast.models.foreign.outputs import derive_outputs

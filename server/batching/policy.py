@@ -1,5 +1,6 @@
 """What the batcher goes by, and whom it tells: the limits of one model, and the observer of its works."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -77,3 +78,8 @@ def slack_of(left: float) -> float:
     travels.
     """
     return 0.02 + 0.01 * max(0.0, left)
+
+
+def late_from(deadline: float | None, now: float) -> float:
+    """Return from when on a cancel is taken for the `deadline`'s own, on its clock; never without a deadline."""
+    return math.inf if deadline is None else deadline - slack_of(deadline - now)

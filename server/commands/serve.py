@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         logs.configure(settings.log_format)
         if fault := environment.protobuf_fault() or environment.onnxruntime_clash():
             raise StartError(fault)
+        environment.let_idle_threads_sleep()
         if settings.front_end == "envoy":
             from layercast.server.transport.envoy.process import become_envoy
 

@@ -2,12 +2,12 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from layercast.server.work import Array
+from layercast.server.work import Array, Tap
 
 Inputs = Mapping[str, Array]
 Outputs = dict[str, Array]
@@ -29,6 +29,20 @@ class Engine(Protocol):
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output by name for the batch `inputs`: arrays by input name, all with the same dimension 0."""
+
+
+class Tapping(Protocol):
+    """Reads layers of the model of one artefact. Called like an Engine; `name` is what read those of the last batch."""
+
+    @property
+    def name(self) -> str:
+        """`eager` or `onnx`."""
+
+    def tapped(self, inputs: Inputs, taps: Sequence[Tap], predict: bool) -> tuple[Outputs, dict[Tap, Array]]:
+        """Return the outputs (none unless `predict`) and the values of `taps` from one forward over the batch.
+
+        InvalidArgument when a reducer does not fit the values of its layer.
+        """
 
 
 @contextmanager

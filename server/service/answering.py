@@ -1,6 +1,7 @@
 """What both services share: find the model, run the rows, count the request, whatever its end."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from layercast.proto.codec import CodecError, Tensor
 from layercast.proto.messages import InferParameter
 from layercast.proto.tensors import memory_dtype
 from layercast.server.errors import DeadlineCancelled, InvalidArgument, ServingError
-from layercast.server.layers import check_size, reduced_datatype
+from layercast.server.layers import check_feature_bytes, check_size, reduced_datatype
 from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.model import ServedModel
 from layercast.server.monitor import Kind, Spent
@@ -25,7 +26,7 @@ from layercast.server.service import scopes
 from layercast.server.service.call import Call
 from layercast.server.service.requests import Wanted, join, token_length
 from layercast.server.service.terms import NO_PARAMETERS, terms_of
-from layercast.server.work import Answer, Array, Tap
+from layercast.server.work import Answer, Array, Tap, Terms
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -89,8 +90,12 @@ class Answering:
             raise
 
     @contextmanager
-    def counted(self, model: ServedModel, kind: Kind) -> Iterator[Timer]:
-        """Count the request that the body answers, by its end: answered, refused, failed or abandoned."""
+    def counted(self, model: ServedModel, kind: Kind, late: float = math.inf) -> Iterator[Timer]:
+        """Count the request that the body answers, by its end: answered, refused, failed or abandoned.
+
+        `late` is for a body that is not told why it ends: cancelled or closed from then on, on the event loop's clock,
+        it is because its deadline is over.
+        """
         timer, monitor = Timer(), model.monitor
         monitor.inflight.inc()
         try:
@@ -99,9 +104,9 @@ class Answering:
         except ServingError as error:
             monitor.failed(kind, error.code.name, timer.elapsed())
             raise
-        except asyncio.CancelledError as gone:
-            code = "DEADLINE_EXCEEDED" if isinstance(gone, DeadlineCancelled) else "CANCELLED"
-            monitor.failed(kind, code, timer.elapsed())
+        except (asyncio.CancelledError, GeneratorExit) as gone:
+            over = isinstance(gone, DeadlineCancelled) or asyncio.get_running_loop().time() >= late
+            monitor.failed(kind, "DEADLINE_EXCEEDED" if over else "CANCELLED", timer.elapsed())
             raise
         except Exception:
             monitor.failed(kind, "INTERNAL", timer.elapsed())
@@ -125,24 +130,44 @@ class Answering:
 
         `parameters` are the request's: `priority` and `timeout` say how its rows wait. `edits` change layers for them.
         """
-        if wanted.outputs:
-            scopes.require(scopes.PREDICT, to="asking for outputs")
-        if wanted.layers:
-            scopes.require(scopes.FEATURES, to="asking for layers")
+        permit(model, inputs, rows, wanted)
         manifest = model.manifest
-        terms = terms_of(call, parameters)
-        taps = tuple(dict.fromkeys(asked.tap for asked in wanted.layers))
-        check_size(manifest, taps, rows, token_length(manifest, inputs), self.max_bytes, wanted.outputs)
+        check_size(manifest, wanted.taps, rows, token_length(manifest, inputs), self.max_bytes, wanted.outputs)
+        return await self.run_permitted(model, inputs, rows, wanted, terms_of(call, parameters), edits)
+
+    async def run_permitted(
+        self,
+        model: ServedModel,
+        inputs: Mapping[str, Array],
+        rows: int,
+        wanted: Wanted,
+        terms: Terms,
+        edits: tuple[Planned, ...] = (),
+    ) -> Answered:
+        """Run rows of a request that was permitted and whose answer was found to be not too large."""
+        manifest, taps = model.manifest, wanted.taps
         if rows == 0:
             return Answered(_named(manifest, wanted, [_empty(manifest, taps)]), 0, 0, 0)
         answers = await model.run(inputs, rows, taps, bool(wanted.outputs), terms, edits)
-        model.monitor.tapped(len(taps))
+        tensors = _named(manifest, wanted, answers)
+        layers = {asked.name for asked in wanted.layers}
+        model.monitor.tapped(len(taps), sum(values.nbytes for name, _, values in tensors if name in layers))
         return Answered(
-            _named(manifest, wanted, answers),
+            tensors,
             max(answer.queue_ns for answer in answers),
             sum(answer.compute_ns for answer in answers),
             max(answer.batch_rows for answer in answers),
         )
+
+
+def permit(model: ServedModel, inputs: Mapping[str, Array], rows: int, wanted: Wanted) -> None:
+    """Raise PermissionDenied unless the caller may have what is wanted, ResourceExhausted when that is too much."""
+    if wanted.outputs:
+        scopes.require(scopes.PREDICT, to="asking for outputs")
+    if wanted.layers:
+        scopes.require(scopes.FEATURES, to="asking for layers")
+        length = token_length(model.manifest, inputs)
+        check_feature_bytes(model.manifest, wanted.taps, rows, length, model.loaded.settings)
 
 
 @contextmanager

@@ -8,25 +8,25 @@ import torch
 from layercast.models.artefact import to_numpy
 from layercast.models.explain import Explanation
 from layercast.models.explain.subject import Progress
+from layercast.models.layer_names import match_layers
 from layercast.models.manifest import Manifest
 from layercast.proto.codec import decode_named, named_tensor
 from layercast.proto.messages import ExplainRequest, ExplainResponse, Timing
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import InvalidArgument, ResourceExhausted, Unavailable
 from layercast.server.explaining import Explained, ExplainLane, Job
-from layercast.server.layers import MAX_PATTERN_LENGTH
+from layercast.server.layers import MAX_PATTERN_LENGTH, NOT_LISTED, OFF, POOLED_ONLY
 from layercast.server.model import ServedModel
 from layercast.server.service.answering import Answered, Answering, decoding, off_loop
 from layercast.server.service.call import Call
 from layercast.server.service.requests import check_inputs, warnings
 from layercast.server.work import Array
 
-MAX_EVALUATIONS: Final = 65_536
-"""Rows that one explanation may run, its steps, samples and windows counted."""
-
 _CHUNK_ROWS: Final = 32
 _ENVELOPE: Final = 64 << 10
 _LARGEST_FLOAT: Final = 8
+_OF_LAYERS: Final = ("gradcam", "attention-rollout")
+"""Methods whose answer is a map of a layer inside."""
 
 
 class ExplainService:
@@ -38,8 +38,8 @@ class ExplainService:
 
     async def explain(self, request: ExplainRequest, call: Call) -> ExplainResponse:
         """How much each value of the inputs counts for what the model answers, row by row."""
-        model = self._answering.find(request.model_name, request.model_version, "features")
-        with self._answering.counted(model, "features") as timer:
+        model = self._answering.find(request.model_name, request.model_version, "explain")
+        with self._answering.counted(model, "explain") as timer:
             engine = model.loaded.runner.eager
             if model.batcher.draining:
                 raise Unavailable(f"model {model.manifest.name!r} is shutting down and takes no new requests")
@@ -48,12 +48,18 @@ class ExplainService:
                     f"model {model.manifest.name!r} can't be explained: its code is not trusted here, so that only its "
                     "exported programs run"
                 )
+            _check_allowed(model, request)
             inputs = await off_loop(call.size, _decode, model.manifest, request)
             rows = len(next(iter(inputs.values())))
             self._check_size(inputs)
-            job = _job(model, engine, request, inputs)
+            evaluations = _Evaluations()
+            job = _job(model, engine, request, inputs, evaluations)
             timer.decoded()
-            explained = await self._lane.run(job, call.deadline)
+            try:
+                explained = await self._lane.run(job, call.deadline)
+            finally:
+                model.monitor.evaluated(request.method, evaluations.total)
+            model.monitor.explained(request.method, evaluations.total / max(rows, 1), explained.compute_ns)
             timer.ran(Answered([], explained.queue_ns, explained.compute_ns, rows))
             return await off_loop(
                 call.size, _response, request, model, explained, rows, warnings(model.manifest, inputs)
@@ -69,14 +75,55 @@ class ExplainService:
             )
 
 
-def _job(model: ServedModel, engine: EagerEngine, request: ExplainRequest, inputs: dict[str, Array]) -> Job:
-    arguments = _arguments(request)
+class _Evaluations:
+    """Counts the rows that an explanation runs, over all its passes. Filled in the thread that runs it."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._of_pass = 0
+
+    def progress(self, done: int, total: int) -> None:
+        self.total += done - self._of_pass
+        self._of_pass = done if done < total else 0
+
+
+def _check_allowed(model: ServedModel, request: ExplainRequest) -> None:
+    """Raise InvalidArgument where the model's settings keep back what the explanation would show of its inside."""
+    settings, name, layer = model.loaded.settings, model.manifest.name, request.options.layer
+    if settings.features == "false":
+        raise InvalidArgument(f"model {name!r} can't be explained: {OFF}")
+    if request.method not in _OF_LAYERS:
+        return
+    if settings.features == "pooled":
+        raise InvalidArgument(f"method {request.method} gives a map of a layer, and {POOLED_ONLY}", field="method")
+    if settings.feature_layers == ("*",):
+        return
+    if not layer:
+        raise InvalidArgument(f"{NOT_LISTED}; name one of those in options.layer", field="options.layer")
+    selected = match_layers(layer[:MAX_PATTERN_LENGTH], model.manifest.layers_by_path)
+    for spec in (model.manifest.layers_by_path[path] for path in selected):
+        if not spec.available:
+            raise InvalidArgument(f"layer {spec.path!r} can't be explained: {spec.reason}", field="options.layer")
+
+
+def _job(
+    model: ServedModel,
+    engine: EagerEngine,
+    request: ExplainRequest,
+    inputs: dict[str, Array],
+    evaluations: _Evaluations,
+) -> Job:
+    arguments = _arguments(request) | {"max_evaluations": model.loaded.settings.max_explain_evaluations}
     each = list(request.targets)
     targets = each[0] if len(each) == 1 else each or None
 
     def job(progress: Progress) -> Explanation:
+        def counted(done: int, total: int) -> None:
+            evaluations.progress(done, total)
+            progress(done, total)
+
         torch.set_num_threads(model.loaded.threads)  # each thread has its own number
-        return engine.explain(inputs, request.method, targets, progress, **arguments)
+        return engine.explain(inputs, request.method, targets, counted, **arguments)
 
     return job
 
@@ -89,7 +136,7 @@ def _decode(manifest: Manifest, request: ExplainRequest) -> dict[str, Array]:
 
 
 def _arguments(request: ExplainRequest) -> dict[str, Any]:
-    """Return the arguments of `models.explain.explain` that the request sets, and the server's own limits."""
+    """Return the arguments of `models.explain.explain` that the request sets, and the server's own."""
     options: dict[str, Any] = {field.name: value for field, value in request.options.ListFields()}
     for name in ("window", "stride"):
         if name in options:
@@ -104,7 +151,6 @@ def _arguments(request: ExplainRequest) -> dict[str, Any]:
         "of": request.input or None,
         "output": request.output or None,
         "chunk_rows": _CHUNK_ROWS,
-        "max_evaluations": MAX_EVALUATIONS,
     }
 
 

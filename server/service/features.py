@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from layercast.models.layer_names import match_layers, nearest
-from layercast.models.manifest import Manifest
 from layercast.proto.codec import decode_named, named_tensor, quoted
 from layercast.proto.messages import (
     ExtractRequest,
@@ -24,8 +23,8 @@ from layercast.server.work import Array
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A request, decoded and checked."""
+class Extraction:
+    """A request for layers, decoded and checked."""
 
     inputs: dict[str, Array]
     rows: int
@@ -64,7 +63,7 @@ class FeatureService:
         """Values of the layers asked for, and of the outputs if any are named."""
         model = self._answering.find(request.model_name, request.model_version, "features")
         with self._answering.counted(model, "features") as timer:
-            asked = await off_loop(call.size, _decode, model.manifest, request)
+            asked = await off_loop(call.size, decode, model, request)
             timer.decoded()
             answered = await self._answering.run(model, asked.inputs, asked.rows, asked.wanted, call)
             timer.ran(answered)
@@ -72,19 +71,21 @@ class FeatureService:
             return await off_loop(size, _response, request, model, asked, answered)
 
 
-def _decode(manifest: Manifest, request: ExtractRequest) -> _Asked:
+def decode(model: ServedModel, request: ExtractRequest) -> Extraction:
+    """Return what is asked; InvalidArgument for what the model doesn't have, take or give."""
+    manifest, settings = model.manifest, model.loaded.settings
     if not request.layers:
         raise InvalidArgument("no layers are asked for; '*' asks for all, ListLayers names them", field="layers")
     with decoding():
         inputs = decode_named(request.inputs)
     rows = check_inputs(manifest, inputs, {tensor.name: tensor.datatype for tensor in request.inputs})
-    layers = resolve(manifest, request.layers, "layers[{}]")
-    outputs = resolve_outputs(manifest, request.outputs).outputs if request.outputs else ()
+    layers = resolve(manifest, request.layers, "layers[{}]", settings)
+    outputs = resolve_outputs(manifest, request.outputs, settings).outputs if request.outputs else ()
     wanted = Wanted(outputs, tuple(layers), (*(asked.name for asked in layers), *outputs))
-    return _Asked(inputs, rows, wanted, warnings(manifest, inputs))
+    return Extraction(inputs, rows, wanted, warnings(manifest, inputs))
 
 
-def _response(request: ExtractRequest, model: ServedModel, asked: _Asked, answered: Answered) -> ExtractResponse:
+def _response(request: ExtractRequest, model: ServedModel, asked: Extraction, answered: Answered) -> ExtractResponse:
     tensors = [named_tensor(*tensor) for tensor in answered.tensors]
     layers = len(asked.wanted.layers)
     return ExtractResponse(

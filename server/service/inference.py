@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from layercast.models.manifest import Manifest
 from layercast.proto.codec import decode_inputs, fill_outputs, is_typed
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
 from layercast.server.errors import ResourceExhausted
@@ -50,7 +49,7 @@ class InferenceService:
         kind: Kind = "features" if asks_layers else "predict"
         model = self._answering.find(request.model_name, request.model_version, kind)
         with self._answering.counted(model, kind) as timer:
-            asked = await off_loop(call.size, self._decode, model.manifest, request)
+            asked = await off_loop(call.size, self._decode, model, request)
             timer.decoded()
             answered = await self._answering.run(
                 model, asked.inputs, asked.rows, asked.wanted, call, request.parameters
@@ -59,7 +58,8 @@ class InferenceService:
             size = sum(values.nbytes for _, _, values in answered.tensors)
             await off_loop(size, self._encode, response, request, model, asked, answered)
 
-    def _decode(self, manifest: Manifest, request: ModelInferRequest) -> _Asked:
+    def _decode(self, model: ServedModel, request: ModelInferRequest) -> _Asked:
+        manifest = model.manifest
         check_parameters(request)
         with decoding():
             inputs = decode_inputs(request)
@@ -67,7 +67,7 @@ class InferenceService:
         return _Asked(
             inputs,
             rows,
-            resolve_outputs(manifest, [output.name for output in request.outputs]),
+            resolve_outputs(manifest, [output.name for output in request.outputs], model.loaded.settings),
             resolve_classes(manifest, request.outputs, rows, self._answering.max_bytes),
             is_typed(request) and not asks_raw(request),
             warnings(manifest, inputs),

@@ -95,6 +95,7 @@ class MetadataService:
                 "layers": str(len(manifest.layers)),
                 "max_batch": str(model.batcher.limits.max_batch),
                 "engine": model.loaded.runner.fast.name,
+                "engines": model.loaded.engines,
                 "device": model.loaded.runner.fast.device,
             },
         )
@@ -127,6 +128,7 @@ def _config(model: ServedModel) -> ModelConfig:
         input=[ModelInput(name=s.name, data_type=_data_type(s), dims=s.shape[1:]) for s in manifest.inputs],
         output=[ModelOutput(name=s.name, data_type=_data_type(s), dims=s.shape[1:]) for s in manifest.outputs],
     )
+    config.parameters["engines"].string_value = model.loaded.engines
     kind = "KIND_GPU" if model.loaded.runner.fast.device == "cuda" else "KIND_CPU"
     config.instance_group.add(name=manifest.name, count=batcher.instances, kind=ModelInstanceGroup.Kind.Value(kind))
     if settings.versions == "latest":

@@ -8,8 +8,9 @@ import numpy as np
 from layercast.models.manifest import Manifest, TensorSpec
 from layercast.proto.codec import quoted
 from layercast.server.errors import InvalidArgument
-from layercast.server.layers import MAX_PATTERNS, PREFIX, Asked, near, resolve
-from layercast.server.work import Array
+from layercast.server.layers import MAX_PATTERNS, PREFIX, Asked, check_number, near, resolve
+from layercast.server.settings import ModelSettings
+from layercast.server.work import Array, Tap
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Wanted:
     layers: tuple[Asked, ...]
     order: tuple[str, ...]
     """Names of the answer's tensors, outputs and layers, as asked."""
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """The layers' taps, none twice."""
+        return tuple(dict.fromkeys(asked.tap for asked in self.layers))
 
 
 def check_inputs(manifest: Manifest, inputs: Mapping[str, Array], datatypes: Mapping[str, str]) -> int:
@@ -122,8 +128,11 @@ def _shape_hint(want: Sequence[int], got: Sequence[int]) -> str:
     return f"; the first dimension is the batch, so {len(want)} dimensions in all"
 
 
-def resolve_outputs(manifest: Manifest, names: Sequence[str]) -> Wanted:
-    """Return what the requested output names mean; none at all means every output of the model."""
+def resolve_outputs(manifest: Manifest, names: Sequence[str], settings: ModelSettings) -> Wanted:
+    """Return what the requested output names mean; none at all means every output of the model.
+
+    `settings` are the model's: they say which layers, in which form and how many may be asked for.
+    """
     known = [spec.name for spec in manifest.outputs]
     if not names:
         return Wanted(tuple(known), (), tuple(known))
@@ -135,10 +144,10 @@ def resolve_outputs(manifest: Manifest, names: Sequence[str]) -> Wanted:
     for position, name in enumerate(names):
         field = f"outputs[{position}].name"
         if name.startswith(PREFIX):
-            found = [
-                Asked(PREFIX + asked.name, asked.tap) for asked in resolve(manifest, [name.removeprefix(PREFIX)], field)
-            ]
+            taps = resolve(manifest, [name.removeprefix(PREFIX)], field, settings)
+            found = [Asked(PREFIX + asked.name, asked.tap) for asked in taps]
             layers += found
+            check_number(len(layers), settings, field)
             order += [asked.name for asked in found]
         elif name in known:
             outputs.append(name)

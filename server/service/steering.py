@@ -75,18 +75,18 @@ def _engine(model: ServedModel) -> EagerEngine:
 
 
 def _decode(model: ServedModel, engine: EagerEngine, request: SteerRequest) -> _Asked:
-    manifest = model.manifest
+    manifest, settings = model.manifest, model.loaded.settings
     with decoding():
         inputs = decode_named(request.inputs)
     rows = check_inputs(manifest, inputs, {tensor.name: tensor.datatype for tensor in request.inputs})
     for position, name in enumerate(request.outputs):
         if name.startswith(PREFIX):
             raise InvalidArgument("layers are asked for in `layers`, without a prefix", field=f"outputs[{position}]")
-    outputs = resolve_outputs(manifest, request.outputs).outputs
-    layers = resolve(manifest, request.layers, "layers[{}]")
+    outputs = resolve_outputs(manifest, request.outputs, settings).outputs
+    layers = resolve(manifest, request.layers, "layers[{}]", settings)
     wanted = Wanted(outputs, tuple(layers), (*outputs, *(asked.name for asked in layers)))
     edits = _planned(engine, request.edits, _request(manifest, inputs, rows))
-    most = model.loaded.settings.max_batch
+    most = settings.max_batch
     if rows > most and any(isinstance(edit.action, Mean) for edit in edits):
         raise InvalidArgument(
             f"a mean is taken over rows that run together, model {manifest.name!r} runs at most {most}, "

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from layercast.proto.bulk import MessageTooComplex, check_bulk
 from layercast.proto.codec import CodecError
 from layercast.proto.rpc import Method
+from layercast.server.batching.policy import late_from
 from layercast.server.errors import DeadlineCancelled, InvalidArgument, ResourceExhausted, ServingError, Unavailable
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
@@ -22,6 +23,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Kind = Literal["unary", "server_stream", "bidi_stream"]
 Answer = Callable[[Any, Call], Awaitable[Message]]
+Answers = Callable[[Any, Call], AsyncGenerator[Message, None]]
 StreamAnswer = Callable[[AsyncIterator[tuple[Any, int]], Call], AsyncGenerator[Message, None]]
 
 # A message of fewer bytes parses within a few milliseconds, whatever is in it.
@@ -106,6 +108,37 @@ class UnaryRpc:
         return response.SerializeToString()
 
 
+class ServerStreamRpc:
+    """One message in, messages out, each made when the client has room for it."""
+
+    def __init__(self, method: Method, answers: Answers, counted: Counted) -> None:
+        self._request = method.request
+        self._answers = answers
+        self._counted = counted
+
+    def handler(self) -> Handler:
+        """Return what grpc registers."""
+        return grpc.unary_stream_rpc_method_handler(self._handle)
+
+    async def _handle(self, raw: bytes, context: Context) -> None:
+        await self._counted.run(self._body(raw, context), context)
+
+    async def _body(self, raw: bytes, context: Context) -> None:
+        self._counted.received.inc()
+        clock = asyncio.get_running_loop().time
+        call = Call(deadline(context), len(raw), peer=context.peer())
+        late = late_from(call.deadline, clock())
+        try:
+            async with aclosing(self._answers(parsed(self._request, raw), call)) as answers:
+                async for answer in answers:
+                    await _send(context, answer)
+                    self._counted.sent.inc()
+        except asyncio.CancelledError:
+            if clock() >= late:
+                raise DeadlineCancelled from None
+            raise
+
+
 class StreamRpc:
     """Messages in, messages out, for as long as the client likes and the server runs."""
 
@@ -136,7 +169,7 @@ class StreamRpc:
         try:
             async with aclosing(self._answer(incoming, call)) as answers:
                 async for answer in answers:
-                    await context.write(answer.SerializeToString())
+                    await _send(context, answer)
                     self._counted.sent.inc()
         finally:
             self._open.discard(incoming)
@@ -189,6 +222,14 @@ class Incoming:
             raise
         finally:
             self._reader = None
+
+
+async def _send(context: Context, message: Message) -> None:
+    """Send one message of a stream when there is room; CancelledError when the caller has gone meanwhile."""
+    try:
+        await context.write(message.SerializeToString())
+    except grpc.aio.InternalError:  # how grpc says it, if the message was waiting for room
+        raise asyncio.CancelledError from None
 
 
 def deadline(context: Context) -> float | None:

@@ -10,7 +10,7 @@ from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE
 from layercast.server.errors import Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call, method_of
-from layercast.server.transport.calls import Counted, Handler, StreamRpc, UnaryRpc
+from layercast.server.transport.calls import Counted, Handler, ServerStreamRpc, StreamRpc, UnaryRpc
 from layercast.server.transport.standard import HandlerTaker, UnknownRpcs, add_health, add_reflection
 
 
@@ -61,12 +61,14 @@ class FrontEnd:
         self._health.shut()
 
     def _handler(self, service: str, method: Method, objects: Sequence[object]) -> Handler:
-        counted = Counted(service, method.name, self._metrics, "bidi_stream" if method.client_streaming else "unary")
+        counted = Counted(service, method.name, self._metrics, method.kind)
         answer = method_of(objects, method.name)
         if answer is None:
             return UnaryRpc(method, _unimplemented(method.name), counted).handler()
-        if not method.client_streaming:
+        if method.kind == "unary":
             return UnaryRpc(method, answer, counted).handler()
+        if method.kind == "server_stream":
+            return ServerStreamRpc(method, answer, counted).handler()
         stream = StreamRpc(method, answer, counted)
         self._streams.append(stream)
         return stream.handler()

@@ -34,7 +34,8 @@ RPC_SCOPES: Final[dict[str, tuple[str, ...]]] = {
     "SystemSharedMemoryRegister": (ADMIN,), "SystemSharedMemoryUnregister": (ADMIN,),
     "CudaSharedMemoryRegister": (ADMIN,), "CudaSharedMemoryUnregister": (ADMIN,),
     "TraceSetting": (ADMIN,), "LogSettings": (ADMIN,),
-    "ListLayers": (METADATA,), "Extract": (FEATURES,), "Explain": (FEATURES,), "Steer": (FEATURES,),
+    "ListLayers": (METADATA,), "Extract": (FEATURES,), "ExtractStream": (FEATURES,), "Explain": (FEATURES,),
+    "Steer": (FEATURES,),
 }  # fmt: skip
 """Any one of the scopes is enough. An RPC that is not here takes `admin`."""
 
@@ -124,9 +125,8 @@ class _Gate(grpc.aio.ServerInterceptor):
         if name:
             service = INFERENCE_SERVICE if name in INFERENCE else FEATURES_SERVICE
             method = {**INFERENCE, **FEATURE_RPCS}[name]
-            kind = "bidi_stream" if method.client_streaming else "unary"
-            self._metrics.rpc_started.labels(kind, service, name).inc()
-            self._metrics.rpc_handled.labels(kind, service, name, error.code.name).inc()
+            self._metrics.rpc_started.labels(method.kind, service, name).inc()
+            self._metrics.rpc_handled.labels(method.kind, service, name, error.code.name).inc()
 
 
 def _text(values: list[Any]) -> str | None:

@@ -1,0 +1,116 @@
+"""Choices that were measured, kept between starts: a file each, named by all that a choice depends on."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from layercast.models.manifest import Manifest
+from layercast.models.versions import tool_versions
+from layercast.server.engines.choice import Buckets, Candidate, Choice
+from layercast.server.engines.timing import Costs
+
+logger = logging.getLogger(__name__)
+
+_FORMAT: Final = 1
+_MOST: Final = 512
+"""Files that are kept; the oldest go."""
+
+
+class Remembered:
+    """The choice of one artefact on this machine: in `folder`, or nowhere when that is None."""
+
+    def __init__(
+        self, folder: Path | None, manifest: Manifest, device: str, candidates: list[Candidate], buckets: Buckets
+    ) -> None:
+        self._candidates = candidates
+        self._buckets = buckets
+        self._path = folder / f"{manifest.name}-{self._key(manifest, device)}.json" if folder else None
+
+    def read(self) -> Choice | None:
+        """Return the choice that was kept; None when there is none, or none that can be read."""
+        if self._path is None:
+            return None
+        try:
+            content = json.loads(self._path.read_bytes())
+            cells = tuple(
+                tuple(self._candidates[self._candidates.index(Candidate(*cell))] for cell in row)
+                for row in content["cells"]
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            logger.warning("the engines chosen before can't be read and are timed again: %s", type(error).__name__)
+            return None
+        wanted = [len(self._buckets.rows)] * len(self._buckets.lengths)
+        return Choice(self._buckets, cells) if [len(row) for row in cells] == wanted else None
+
+    def write(self, choice: Choice, costs: Costs) -> None:
+        """Keep `choice`, with what it rests on for whoever reads the file. That it can't be kept is only logged."""
+        if self._path is None:
+            return
+        measured = [
+            {"length": length, "rows": rows, "microseconds": _microseconds(cost)}
+            for (length, rows), cost in costs.items()
+        ]
+        text = json.dumps({"chosen": str(choice), "cells": choice.cells, "measured": measured}, indent=1)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(self._path, text)
+            _prune(self._path.parent)
+        except OSError as error:
+            logger.warning("the engines chosen can't be kept for the next start: %s", error.strerror or error)
+
+    def _key(self, manifest: Manifest, device: str) -> str:
+        depends = {
+            "format": _FORMAT,
+            "files": {name: manifest.files[name].sha256 for name in sorted(manifest.files)},
+            "machine": _machine(device),
+            "tools": tool_versions(),
+            "candidates": self._candidates,
+            "buckets": asdict(self._buckets),
+        }
+        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _microseconds(cost: dict[Candidate, float]) -> dict[str, float]:
+    return {str(candidate): round(1e6 * seconds, 1) for candidate, seconds in cost.items() if math.isfinite(seconds)}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside `path` and rename, so that a reader finds the old file or the new one."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        staged = Path(file.name)
+        try:
+            file.write(text)
+            file.close()
+            os.replace(staged, path)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+
+
+def _prune(folder: Path) -> None:
+    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    for path in files[:-_MOST]:
+        with suppress(FileNotFoundError):  # another server's start does the same
+            path.unlink()
+
+
+def _machine(device: str) -> list[str]:
+    """Say what computes: the model of the processor, and of the GPU where that is used."""
+    found = [platform.machine(), platform.processor()]
+    with suppress(OSError):  # only Linux has the file
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        # The first processor's, which the others are like.
+        found += [next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags")]
+    return found if device == "cpu" else [*found, torch.cuda.get_device_name()]

@@ -1,0 +1,93 @@
+"""The engines that one instance of a model runs on, and which of them runs which batch."""
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from layercast.models.artefact import Golden, to_numpy
+from layercast.models.examples import Examples
+from layercast.models.manifest import Manifest
+from layercast.server.engines import timing
+from layercast.server.engines.base import Engine, Inputs
+from layercast.server.engines.choice import Buckets, Candidate, Choice, ChosenEngine
+from layercast.server.engines.eager import EagerEngine
+from layercast.server.engines.golden import check_golden
+from layercast.server.engines.remembered import Remembered
+from layercast.server.engines.source import Source
+from layercast.server.settings import ModelSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What an instance runs on: the engines of candidates, and the eager one where it may be had."""
+
+    fast: dict[Candidate, Engine]
+    eager: EagerEngine | None
+
+    @classmethod
+    def load(cls, source: Source, candidates: Iterable[Candidate], recorded: Golden) -> Self:
+        """Load engines and let each reproduce the golden outputs; EngineError when that can't be."""
+        eager = source.eager()
+        engines = cls(source.engines(candidates, eager), eager)
+        every: list[Engine] = [eager] if eager else []
+        every += [engine for engine in engines.fast.values() if engine is not eager]
+        for engine in every:
+            check_golden(engine, recorded, source.manifest)
+        return engines
+
+    def chosen(self, choice: Choice, manifest: Manifest) -> Engine:
+        """Return the engine that runs every batch as `choice` says."""
+        used = choice.used
+        return self.fast[used[0]] if len(used) == 1 else ChosenEngine(choice, self.fast, manifest.inputs)
+
+
+def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Path | None) -> tuple[Choice, Engines]:
+    """Return which engine runs which batch, as measured now or read from `folder`, and the engines that do.
+
+    EngineError when an engine that is asked for is not to be had, none is, or one gives other outputs than recorded.
+    """
+    manifest, candidates = source.manifest, source.candidates(settings)
+    buckets = Buckets.of(manifest.inputs, settings.max_batch)
+    if len(candidates) == 1:
+        return Choice.only(candidates[0], buckets), Engines.load(source, candidates, recorded)
+    kept = Remembered(folder, manifest, source.device.type, candidates, buckets)
+    if known := kept.read():
+        engines = Engines.load(source, known.used, recorded)
+        if engines.fast.keys() == set(known.used):
+            logger.info("%s: %s, as measured before", manifest.name, known)
+            return known, engines
+    engines = Engines.load(source, candidates, recorded)
+    began = time.perf_counter()
+    runs = {candidate: engine.run for candidate, engine in engines.fast.items()}
+    choice, costs = timing.fastest(runs, _Batches(manifest, recorded).make, buckets, source.threads)
+    kept.write(choice, costs)
+    tried = ", ".join(map(str, runs))
+    logger.info("%s: %s; measured %s in %.1f s", manifest.name, choice, tried, time.perf_counter() - began)
+    # What runs nothing leaves memory; layers need the eager one.
+    return choice, Engines({candidate: engines.fast[candidate] for candidate in choice.used}, engines.eager)
+
+
+def golden_rows(recorded: Golden, rows: int) -> Inputs:
+    """Return the golden inputs, repeated or cut to `rows` rows."""
+    return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in recorded.inputs.items()}
+
+
+class _Batches:
+    """Makes inputs to time engines with: the golden ones, or examples where a length is wanted."""
+
+    def __init__(self, manifest: Manifest, recorded: Golden) -> None:
+        self._examples = Examples(manifest.inputs)
+        self._recorded = recorded
+
+    def make(self, rows: int, length: int) -> Inputs:
+        """Return a batch; ValueError when examples can't be made of the model's datatypes."""
+        if not length:
+            return golden_rows(self._recorded, rows)
+        return {name: to_numpy(tensor) for name, tensor in self._examples.make(rows, length).items()}

@@ -1,0 +1,109 @@
+"""Which engines an artefact can have, and loading them."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+from layercast.models.artefact import assert_eval, load_module
+from layercast.models.foreign.trust import Trust
+from layercast.models.manifest import Manifest
+from layercast.server.engines import programs
+from layercast.server.engines.base import Engine, EngineError
+from layercast.server.engines.choice import Candidate
+from layercast.server.engines.eager import EagerEngine
+from layercast.server.engines.onnx import OnnxEngine
+from layercast.server.settings import EngineName, ModelSettings
+
+logger = logging.getLogger(__name__)
+
+# torch.export programs load slowly and run as eager does here; they are used when asked for.
+_TRIED: Final[tuple[EngineName, ...]] = ("onnx", "torchscript")
+_CODE: Final[tuple[EngineName, ...]] = ("torchscript", "exported")
+"""Programs that are code: of artefacts that are not trusted they run only when asked for by name."""
+
+_POOLED: Final[tuple[EngineName, ...]] = ("onnx", "onnx-int8")
+"""Engines with threads of their own, which are worth trying with one: waking another costs what a small batch does."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An artefact to load engines from; `untrusted` says why its module may not be built, "" when it may.
+
+    An engine computes with `threads` threads at most.
+    """
+
+    directory: Path
+    manifest: Manifest
+    device: torch.device
+    threads: int
+    trust: Trust
+    untrusted: str
+
+    def eager(self) -> EagerEngine | None:
+        """Return the engine that layers need, or None for code that is not trusted."""
+        if self.untrusted:
+            return None
+        module = load_module(self.directory, self.manifest, self.trust)
+        assert_eval(module)
+        return EagerEngine(module.to(self.device), self.manifest, self.device)
+
+    def candidates(self, settings: ModelSettings) -> list[Candidate]:
+        """Return what may run plain predictions, the likeliest first.
+
+        EngineError when the engine that is asked for is not to be had, or none is.
+        """
+        asked = settings.engine
+        if asked == "eager" and self.untrusted:
+            raise EngineError(f"engine eager is asked for, but {self.untrusted}")
+        if asked not in ("auto", "eager", *self.manifest.programs):
+            raise EngineError(f"engine {asked} is asked for, but the artefact has no such program")
+        names = [asked] if asked != "auto" else self._of_auto(settings)
+        return [Candidate(name, threads) for name in names for threads in self._threads(name)]
+
+    def engines(self, candidates: Iterable[Candidate], eager: EagerEngine | None) -> dict[Candidate, Engine]:
+        """Load the engines of `candidates`; one that can't be had here is left out with a warning.
+
+        EngineError when that is so of all.
+        """
+        engines: dict[Candidate, Engine] = {}
+        failed: EngineError | None = None
+        for candidate in candidates:
+            try:
+                engines[candidate] = eager if candidate.engine == "eager" and eager else self._program(candidate)
+            except EngineError as error:
+                logger.warning("%s: engine %s left out: %s", self.manifest.name, candidate, error)
+                failed = error
+        if failed and not engines:
+            raise failed
+        return engines
+
+    def _of_auto(self, settings: ModelSettings) -> list[EngineName]:
+        # What TorchScript and torch.export programs can do as they load and run is not bounded: reading files, for one.
+        names: list[EngineName] = [
+            name for name in _TRIED if name in self.manifest.programs and not (self.untrusted and name in _CODE)
+        ]
+        if settings.allow_int8 and "onnx-int8" in self.manifest.programs and self.device.type == "cpu":
+            names.append("onnx-int8")
+        if not self.untrusted:
+            names.append("eager")
+        if not names:
+            others = " or ".join(name for name in _CODE if name in self.manifest.programs)
+            also = f", or set engine to {others}, whose program can run code" if others else ""
+            raise EngineError(f"no program of it can run without its module, and {self.untrusted}{also}")
+        return names
+
+    def _threads(self, name: EngineName) -> list[int]:
+        many = self.threads > 1 and self.device.type == "cpu" and name in _POOLED
+        return [1, self.threads] if many else [self.threads]
+
+    def _program(self, candidate: Candidate) -> Engine:
+        if candidate.engine == "torchscript":
+            return programs.torchscript(self.directory, self.manifest, self.device)
+        if candidate.engine == "exported":
+            return programs.exported(self.directory, self.manifest, self.device)
+        name: Literal["onnx", "onnx-int8"] = "onnx-int8" if candidate.engine == "onnx-int8" else "onnx"
+        return OnnxEngine(self.directory, self.manifest, self.device, candidate.threads, name)

@@ -1,0 +1,167 @@
+"""Times engines on the batches that they would run, and chooses the cheapest for each bucket."""
+
+import itertools
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, NamedTuple
+
+from layercast.server.engines.base import Inputs, Outputs
+from layercast.server.engines.choice import Buckets, Candidate, Choice
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS: Final = 20
+_LEAST_ROUNDS: Final = 4
+"""TorchScript compiles in its second run of a shape; the smallest of four is that of a warm one."""
+
+_ENOUGH: Final = 0.03
+"""Seconds for the runs of one bucket, after which only the least rounds are made."""
+
+_SLOW: Final = 0.02
+"""Seconds of a batch from which on more rows change nothing: larger ones are computed as this one."""
+
+_WARM: Final = 3
+_HOPELESS: Final = 5.0
+_CROWDED: Final = 1.2
+_LONG: Final = 0.001
+_EXTRA: Final = 0.2
+"""By how much the logarithms of costs must fall for an engine beside the main one: a fifth of one bucket's cost."""
+
+Run = Callable[[Inputs], Outputs]
+Batch = Callable[[int, int], Inputs]
+"""Gives the inputs of a batch by its rows and its length."""
+
+Costs = dict[tuple[int, int], dict[Candidate, float]]
+"""Seconds by (length, rows) and candidate; what could not be timed is left out, what failed is infinite."""
+
+
+class Instant(NamedTuple):
+    """A reading of the wall clock and of the processors' time that this process took, in seconds."""
+
+    wall: float
+    cpu: float
+
+
+def now() -> Instant:
+    """Read both clocks."""
+    return Instant(time.perf_counter(), time.process_time())
+
+
+def fastest(
+    runs: Mapping[Candidate, Run], batch: Batch, buckets: Buckets, processors: int, clock: Callable[[], Instant] = now
+) -> tuple[Choice, Costs]:
+    """Time `runs` on every bucket and return the choice, and what it rests on.
+
+    A batch costs its duration and the share of the `processors` that it took, which other models and the event loop
+    would have had: two threads that halve a duration are worth it, two that save a tenth of it are not.
+    """
+    costs: Costs = {}
+    for length in buckets.lengths:
+        for rows in buckets.rows:
+            measured = _measure(runs, batch, rows, length, processors, clock)
+            if measured is None:
+                break
+            costs[length, rows], seconds = measured
+            if seconds > _SLOW:
+                break
+    return _choose(list(runs), buckets, costs), costs
+
+
+def _measure(
+    runs: Mapping[Candidate, Run], batch: Batch, rows: int, length: int, processors: int, clock: Callable[[], Instant]
+) -> tuple[dict[Candidate, float], float] | None:
+    """Return what a batch costs on each candidate, and the seconds on the quickest; None when it runs on none.
+
+    Candidates take turns, so that what disturbs the machine for a moment disturbs all.
+    """
+    try:
+        inputs = batch(rows, length)
+    except ValueError as error:
+        logger.warning("no batch of %d rows, %d long, to time engines with: %s", rows, length, error)
+        return None
+    readings: dict[Candidate, list[Instant]] = {candidate: [] for candidate in runs}
+    failed: dict[Candidate, float] = {}
+    began = clock().wall
+    for at in range(_ROUNDS):
+        if at >= _LEAST_ROUNDS and clock().wall - began > _ENOUGH:
+            break
+        for candidate in _hopeful(readings, at):
+            try:
+                readings[candidate].append(_once(runs[candidate], inputs, clock))
+            except Exception as error:  # of a program that takes only some sizes, say
+                logger.warning("%s fails at %d rows: %s: %s", candidate, rows, type(error).__name__, error)
+                failed[candidate] = math.inf
+                del readings[candidate]
+    if not readings:
+        return None
+    return _costs(readings, processors) | failed, min(map(_least, readings.values()))
+
+
+def _hopeful(readings: Mapping[Candidate, list[Instant]], at: int) -> list[Candidate]:
+    """Return the candidates that may still win: first all, then those that don't take many times as long."""
+    if at < _WARM:
+        return list(readings)
+    limit = _HOPELESS * min(map(_least, readings.values()))
+    return [candidate for candidate, taken in readings.items() if _least(taken) <= limit]
+
+
+def _costs(readings: Mapping[Candidate, list[Instant]], processors: int) -> dict[Candidate, float]:
+    """Return what each candidate costs, in seconds.
+
+    The least duration counts, since whatever else runs only ever adds. On a machine that is busy, which shows where
+    one thread takes longer than its processor's time, no run that is long is left alone, and several threads find no
+    free processors; there the processors' time, evenly spread, is taken for the duration.
+    """
+    typical = {candidate: statistics.median(one.cpu for one in taken) for candidate, taken in readings.items()}
+    alone = [one.wall / one.cpu for c, taken in readings.items() if c.threads == 1 for one in taken if one.cpu > 0]
+    several = any(candidate.threads > 1 for candidate in readings)
+    busy = several and bool(alone) and statistics.median(alone) > _CROWDED and min(typical.values()) > _LONG
+    return {
+        candidate: (cpu / candidate.threads if busy else _least(readings[candidate])) + cpu / processors
+        for candidate, cpu in typical.items()
+    }
+
+
+def _least(readings: list[Instant]) -> float:
+    return min(one.wall for one in readings)
+
+
+def _once(run: Run, inputs: Inputs, clock: Callable[[], Instant]) -> Instant:
+    start = clock()
+    run(inputs)
+    end = clock()
+    return Instant(end.wall - start.wall, end.cpu - start.cpu)
+
+
+def _choose(candidates: list[Candidate], buckets: Buckets, costs: Costs) -> Choice:
+    """Choose for each length one candidate, or one for the smaller batches and one for the larger.
+
+    More changes than that along the rows are the noise of a busy machine: what differs is what a run costs whatever
+    its rows, and what each row costs. A candidate beside the main one must be worth its memory.
+    """
+    if not costs:
+        return Choice.only(candidates[0], buckets)
+
+    def loss(cells: Iterable[dict[Candidate, float]], candidate: Candidate) -> float:
+        return sum(math.log(cost.get(candidate, math.inf)) for cost in cells)
+
+    main = min(candidates, key=lambda candidate: loss(costs.values(), candidate))
+    rows: list[tuple[Candidate, ...]] = []
+    for length in buckets.lengths:
+        cells = [cost for (of, _), cost in costs.items() if of == length]
+        plans = [
+            (
+                _EXTRA * len({small, large} - {main}) + loss(cells[:at], small) + loss(cells[at:], large),
+                small,
+                large,
+                at,
+            )
+            for small, large in itertools.product(candidates, repeat=2)
+            for at in range(len(cells) if small != large else 1)
+        ]
+        _, small, large, at = min(plans, key=lambda plan: plan[0]) if cells else (0, main, main, 0)
+        rows.append((small,) * at + (large,) * (len(buckets.rows) - at))
+    return Choice(buckets, tuple(rows))

@@ -1,0 +1,64 @@
+"""What reads the layers of a version that is loaded: its module, parts of its ONNX program, or whichever is faster."""
+
+import logging
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from layercast.models.artefact import Golden
+from layercast.models.manifest import Manifest
+from layercast.server.engines.base import Tapping
+from layercast.server.engines.eager import EagerEngine
+from layercast.server.engines.tapped import TappedEngine
+from layercast.server.engines.taps import OnnxProgram
+from layercast.server.restrict import unavailable
+from layercast.server.settings import EngineName
+from layercast.server.work import Tap
+
+logger = logging.getLogger(__name__)
+
+_MOST_BYTES: Final = 128 << 20
+"""Programs larger than this are not cut while others are answered: Python's lock is kept for 0.1 s every 100 MB."""
+
+
+def program(
+    directory: Path, manifest: Manifest, device: torch.device, threads: int, asked: EngineName
+) -> OnnxProgram | None:
+    """Return the program to read layers from; None where it has no values, or layers are the module's business.
+
+    They are on a GPU, where reducers run before values leave it, and where the engine was `asked` for as `eager`.
+    """
+    if not manifest.onnx_values or "onnx" not in manifest.programs or asked == "eager" or device.type != "cpu":
+        return None
+    return OnnxProgram(directory, manifest, threads)
+
+
+def chosen(eager: EagerEngine | None, program: OnnxProgram | None, recorded: Golden) -> Tapping | None:
+    """Return what reads layers by `eager` and `program`; None where neither can."""
+    if program is None:
+        return eager
+    plain = eager or _whole(program, recorded)
+    return TappedEngine(plain, program) if plain and program.bytes <= _MOST_BYTES else plain
+
+
+def without_module(manifest: Manifest, taps: Tapping | None, reason: str) -> tuple[Manifest, str]:
+    """Return `manifest` with the layers that `taps` can't read marked unavailable for `reason`, and a note of it."""
+    values = manifest.onnx_values if taps else {}
+    before = sum(layer.available for layer in manifest.layers)
+    program = f"layers are read from the ONNX program, {len(values)} of {before}"
+    which = program if values else "layers are not available"
+    left = unavailable(manifest, lambda layer: "" if layer.path in values else reason)
+    return left.model_copy(update={"onnx_values": values}), f"{which}: {reason}"
+
+
+def _whole(program: OnnxProgram, recorded: Golden) -> Tapping | None:
+    """Return what reads every layer that has a value in `program`, tried on the golden inputs; None if it fails."""
+    try:
+        whole = program.part(program.layers, predict=True)
+        whole.tapped(recorded.inputs, [Tap(path) for path in program.layers], predict=True)
+    except Exception as error:  # whatever anyone's manifest and program bring about
+        text = next(iter(str(error).splitlines()), type(error).__name__)
+        logger.warning("%s: no layer can be read from the ONNX program: %s", program.manifest.name, text)
+        return None
+    return whole
