@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("pyvoy", reason="the front end envoy needs layercast[envoy]")
 
 MODULES = (
-    "test_bad_requests", "test_batcher_endings", "test_health", "test_network_faults", "test_rest_bodies",
-    "test_rest_errors", "test_rest_infer", "test_rest_routes", "test_security_tls", "test_security_tokens",
-    "test_server_inference", "test_stream", "test_tritonclient", "test_tritonclient_http", "test_wire",
+    "test_bad_requests", "test_batcher_endings", "test_feature_stream", "test_health", "test_network_faults",
+    "test_rest_bodies", "test_rest_errors", "test_rest_infer", "test_rest_routes", "test_security_tls",
+    "test_security_tokens", "test_server_inference", "test_stream", "test_tritonclient", "test_tritonclient_http",
+    "test_wire",
 )  # fmt: skip
 TESTS = Path(__file__).parent
 
