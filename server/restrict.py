@@ -50,7 +50,8 @@ def unavailable(manifest: Manifest, reason: Callable[[LayerSpec], str]) -> Manif
     if not any(reasons.values()):
         return manifest
     layers = tuple(_marked(layer, reasons) for layer in manifest.layers)
-    return Manifest.model_validate(manifest.model_dump() | {"layers": layers})
+    values = {path: value for path, value in manifest.onnx_values.items() if not reasons.get(path)}
+    return Manifest.model_validate(manifest.model_dump() | {"layers": layers, "onnx_values": values})
 
 
 def _marked(layer: LayerSpec, reasons: Mapping[str, str]) -> LayerSpec:

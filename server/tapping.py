@@ -48,8 +48,7 @@ def without_module(manifest: Manifest, taps: Tapping | None, reason: str) -> tup
     before = sum(layer.available for layer in manifest.layers)
     program = f"layers are read from the ONNX program, {len(values)} of {before}"
     which = program if values else "layers are not available"
-    left = unavailable(manifest, lambda layer: "" if layer.path in values else reason)
-    return left.model_copy(update={"onnx_values": values}), f"{which}: {reason}"
+    return unavailable(manifest, lambda layer: "" if layer.path in values else reason), f"{which}: {reason}"
 
 
 def _whole(program: OnnxProgram, recorded: Golden) -> Tapping | None:

@@ -44,7 +44,7 @@ def runner(engine: Function, pad: int | None = None, datatype: str = "FP32") -> 
         outputs=(TensorSpec(name="y", datatype=datatype, shape=(-1, -1)),),
         files={"weights.safetensors": ENTRY, "golden.safetensors": ENTRY},
     )  # fmt: skip
-    return Runner(manifest, engine, engine)  # type: ignore[arg-type]
+    return Runner(manifest, engine, engine, engine)  # type: ignore[arg-type]
 
 
 def work(array: np.ndarray, taps: tuple[Tap, ...] = ()) -> Work:

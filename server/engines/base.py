@@ -68,6 +68,6 @@ def not_loaded(program: str, error: Exception, path: str = "") -> EngineError:
     """Return the error for a program that its runtime refuses to load; runtimes say at most a `path` of our making."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
-    return EngineError(
-        f"{program} can't be loaded: {type(error).__name__}: {text.replace(path, program) if path else text}"[:500]
-    )
+    if path:
+        text = text.replace(path, program).replace(str(Path(path).parent), "its folder")
+    return EngineError(f"{program} can't be loaded: {type(error).__name__}: {text}"[:500])
