@@ -96,8 +96,9 @@ class Index:
         return entry.model
 
     def _newest(self, name: str) -> ServedModel | None:
-        ready = {number: version.model for number, version in self._models.get(name, {}).items() if version.model}
-        return ready[max(ready)] if ready else None
+        versions = self._models.get(name, {})
+        newest = max((number for number, version in versions.items() if version.model), default=0)
+        return versions[newest].model if newest else None
 
     @staticmethod
     def _why(versions: dict[int, Version]) -> str:

@@ -17,6 +17,7 @@ from layercast.server import memory, tapping
 from layercast.server.engines.base import Engine, EngineError, Inputs
 from layercast.server.engines.selection import Engines, golden_rows, select
 from layercast.server.engines.source import Source
+from layercast.server.inline import inline_rows
 from layercast.server.model import Loaded
 from layercast.server.restrict import restricted, without_silent
 from layercast.server.runner import Runner
@@ -75,9 +76,11 @@ def load(
         Runner(manifest, engines.chosen(choice, manifest), engines.eager, taps)
         for engines, taps in zip(every, readers, strict=True)
     )
-    warmup_ms = _time(runners[0].fast, golden_rows(recorded, 1))
+    one_row = golden_rows(recorded, 1)
+    warmup_ms = _time(runners[0].fast, one_row)
+    inline = inline_rows(runners[0].fast, manifest, one_row, settings.max_batch)
     memory.trim()  # of what was read, and of engines that run nothing
-    return Loaded(manifest, settings, runners, own, time.perf_counter() - start, warmup_ms, note, str(choice))
+    return Loaded(manifest, settings, runners, own, time.perf_counter() - start, warmup_ms, note, str(choice), inline)
 
 
 @contextmanager

@@ -5,12 +5,14 @@ Labels come only from the server's own table of loaded models, never from a requ
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Info
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+
+from layercast.server.counting import Count, Family, Level, Spread
 
 LATENCY_BUCKETS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
@@ -22,13 +24,15 @@ UNKNOWN: Final = "(unknown)"
 _MODEL: Final = ("model", "version")
 _RPC: Final = ("grpc_type", "grpc_service", "grpc_method")
 
+F = TypeVar("F", Family[Count], Family[Level], Family[Spread])
+
 
 class Metrics:
     """The metric families, on a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._of_models: list[Counter | Gauge | Histogram] = []
+        self._of_models: list[Family[Count] | Family[Level] | Family[Spread]] = []
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -132,23 +136,18 @@ class Metrics:
         for family in self._of_models:
             family.remove_by_labels({"model": model, "version": str(version)})
 
-    def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
-        counter = Counter(name.removesuffix("_total"), text, labels, registry=self.registry)
-        self._note(counter, labels)
-        return counter
+    def _counter(self, name: str, text: str, labels: Sequence[str]) -> Family[Count]:
+        return self._noted(Family(name, text, "counter", labels, Count, self.registry), labels)
 
-    def _gauge(self, name: str, text: str, labels: Sequence[str]) -> Gauge:
-        gauge = Gauge(name, text, labels, registry=self.registry)
-        self._note(gauge, labels)
-        return gauge
+    def _gauge(self, name: str, text: str, labels: Sequence[str]) -> Family[Level]:
+        return self._noted(Family(name, text, "gauge", labels, Level, self.registry), labels)
 
     def _histogram(
         self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float] = LATENCY_BUCKETS
-    ) -> Histogram:
-        histogram = Histogram(name, text, labels, buckets=buckets, registry=self.registry)
-        self._note(histogram, labels)
-        return histogram
+    ) -> Family[Spread]:
+        return self._noted(Family(name, text, "histogram", labels, lambda: Spread(buckets), self.registry), labels)
 
-    def _note(self, family: Counter | Gauge | Histogram, labels: Sequence[str]) -> None:
+    def _noted(self, family: F, labels: Sequence[str]) -> F:
         if set(_MODEL) <= set(labels):
             self._of_models.append(family)
+        return family

@@ -2,10 +2,10 @@
 
 import asyncio
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
 from layercast.server.work import Answer, Array, Tap, Terms, Work
 
+T = TypeVar("T")
+
 _SHORTEST_BUCKET = 16
 
 
@@ -29,7 +31,7 @@ class Loaded:
 
     `runners` are its instances, which share nothing; each computes with `threads` threads. `warmup_ms` is one warm
     forward of one row, `note` what an operator should know of a version that answers, `engines` which engine runs which
-    batch of plain predictions.
+    batch of plain predictions, `inline_rows` how many rows run sooner than they could be handed to a thread.
     """
 
     manifest: Manifest
@@ -40,6 +42,7 @@ class Loaded:
     warmup_ms: float
     note: str = ""
     engines: str = ""
+    inline_rows: int = 0
 
     @property
     def runner(self) -> Runner:
@@ -65,6 +68,8 @@ class Loaded:
             preferred=settings.preferred_batch,
             queue_timeout=settings.queue_timeout_ms / 1000 or None,
             priorities=settings.priorities,
+            # Several instances are there to run at the same time.
+            inline_rows=self.inline_rows if len(self.runners) == 1 else 0,
         )
 
 
@@ -80,27 +85,27 @@ class ServedModel:
         self._holders = 0
         self._free = asyncio.Event()
         self._free.set()
+        loop = asyncio.get_running_loop()
         engines = [runner.eager for runner in loaded.runners if runner.eager]
         for engine in engines:
-            engine.on_stopped = monitor.stopped_early
+            engine.on_stopped = partial(_told, loop, monitor.stopped_early)
         monitor.watch_hooks(partial(_hooks, [weakref.ref(engine) for engine in engines]))
         for runner in loaded.runners:
-            runner.on_tapped = monitor.read_by
+            runner.on_tapped = partial(_told, loop, monitor.read_by)
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep the model, which a newer one may replace meanwhile, until the body has ended."""
+    def hold(self) -> None:
+        """Keep the model, which a newer one may replace meanwhile, until `let_go`, which must follow."""
         self._holders += 1
         self._free.clear()
-        try:
-            yield
-        finally:
-            self._holders -= 1
-            if not self._holders:
-                self._free.set()
+
+    def let_go(self) -> None:
+        """End what `hold` began."""
+        self._holders -= 1
+        if not self._holders:
+            self._free.set()
 
     async def released(self) -> None:
         """Return when nobody holds the model."""
@@ -166,6 +171,11 @@ class ServedModel:
 def _hooks(engines: Sequence["weakref.ref[EagerEngine]"]) -> int:
     """Return how many hooks there are; the metric that asks must not keep an old version in memory."""
     return sum(engine.hooks for ref in engines if (engine := ref()))
+
+
+def _told(loop: asyncio.AbstractEventLoop, hear: Callable[[T], None], what: T) -> None:
+    """Tell `hear` on the event loop, from the thread of a forward: before its answer, since that comes after."""
+    loop.call_soon_threadsafe(hear, what)
 
 
 def _parts(inputs: Mapping[str, Array], rows: int, most: int) -> Sequence[tuple[Mapping[str, Array], int]]:

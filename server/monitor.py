@@ -20,7 +20,7 @@ _PHASES: Final[tuple[Phase, ...]] = ("queued", "running")
 _CODES: Final = sorted({"OK", "CANCELLED", *(error.code.name for error in ServingError.__subclasses__())})
 
 
-@dataclass
+@dataclass(slots=True)
 class Duration:
     """A count and the nanoseconds together, as the protocol's StatisticDuration."""
 
@@ -49,7 +49,7 @@ class Statistics:
     batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Spent:
     """Where one request's time went, in nanoseconds."""
 
@@ -61,7 +61,7 @@ class Spent:
 
 
 class ModelMonitor:
-    """Counts for one model version. Prometheus children are looked up once: `labels()` costs more than counting."""
+    """Counts for one model version. The metrics' series are looked up once: `labels()` costs more than counting."""
 
     def __init__(self, metrics: Metrics, model: str, version: str, device: str, limits: Limits) -> None:
         self.statistics = Statistics()
@@ -132,7 +132,7 @@ class ModelMonitor:
         self._cancelled[when].inc()
 
     def read_by(self, engine: str) -> None:
-        """The layers that a batch taps were read by `engine`. May be called from any thread."""
+        """The layers that a batch taps were read by `engine`."""
         self._feature_batches[engine].inc()
 
     def tapped(self, layers: int, size: int) -> None:
@@ -141,7 +141,7 @@ class ModelMonitor:
         self._feature_bytes.inc(size)
 
     def stopped_early(self, skipped: float) -> None:
-        """A forward stopped with this share of the layers not run. Called from any thread."""
+        """A forward stopped with this share of the layers not run."""
         self._early_exits.observe(skipped)
 
     def watch_hooks(self, count: Callable[[], float]) -> None:

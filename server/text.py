@@ -8,6 +8,8 @@ def printable(text: str) -> str:
 
 def fit(text: str, limit: int) -> str:
     """Return `text` printable and at most `limit` bytes of UTF-8 long, an ellipsis in place of what was cut."""
+    if len(text) <= limit and text.isascii() and text.isprintable():
+        return text
     # Cut before escaping too: the text may be megabytes long.
     shown = printable(text[: limit + 1]).encode()
     return shown.decode() if len(shown) <= limit else shown[: limit - 3].decode(errors="ignore") + "…"

@@ -20,7 +20,8 @@ class Tap:
     reducer: str = "none"
 
 
-@dataclass(frozen=True, slots=True)
+# What is made for every request is not frozen: that takes five times as long to make. Nobody changes it all the same.
+@dataclass(slots=True)
 class Rows:
     """One work's own rows of every output and of every layer it tapped."""
 
@@ -28,7 +29,7 @@ class Rows:
     features: Mapping[Tap, Array]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer(Rows):
     """A work's rows and where the time went; `compute_ns` and `batch_rows` are the whole batch's."""
 
@@ -37,7 +38,7 @@ class Answer(Rows):
     batch_rows: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Terms:
     """On what terms a request waits for its rows to run.
 

@@ -223,4 +223,4 @@ def test_an_answer_that_can_not_be_encoded_is_our_fault(served, caplog):
     assert "FP32 is encoded from float32 arrays, got float64" in caplog.text
     assert raised.value.details().split()[2].rstrip(";") in caplog.text
     failed = served.server.metrics.requests.labels("wrong", "1", "predict", "INTERNAL")
-    assert failed._value.get() == 1
+    assert failed.value == 1

@@ -74,7 +74,7 @@ def entry(served, model: str):
 
 
 def ended(served, model: str, code: str) -> float:
-    return served.server.metrics.requests.labels(model, "1", "features", code)._value.get()
+    return served.server.metrics.requests.labels(model, "1", "features", code).value
 
 
 @pytest.mark.parametrize("chunk_bytes", [4096, 100_000, 0])
@@ -127,7 +127,7 @@ def test_a_caller_who_leaves_stops_the_computing(served, modules, slow_reader):
     wait_until(served, lambda: ended(served, "resnet", "CANCELLED") == gone + 1)
     served.call("ModelInfer", request("resnet", x[:1], ["layer:bn@mean"]))
     assert model.monitor.statistics.inferences - before - 1 <= 2
-    assert model.monitor.inflight._value.get() == 0
+    assert model.monitor.inflight.value == 0
     assert model.batcher.queued_rows == 0
     assert registered_hooks(model.loaded.runner.eager._module) == []
     assert_answers(served, modules)
@@ -273,7 +273,7 @@ def test_the_clients_yield_rows_as_they_come(served):
             return [len(block["layer1"]) async for block in other.stream_features("resnet", x, "layer1")]
 
     assert asyncio.run(both()) == [8, 2]
-    wait_until(served, lambda: entry(served, "resnet").monitor.inflight._value.get() == 0)
+    wait_until(served, lambda: entry(served, "resnet").monitor.inflight.value == 0)
 
 
 @pytest.mark.parametrize("lost", [0, 1, 4, -1])

@@ -334,7 +334,7 @@ def test_an_older_manifest_loads_and_its_layers_are_read_by_hooks(directories, t
 def test_a_server_counts_what_read_the_layers_of_a_batch(served, modules):
     def count() -> float:
         of = served.server.metrics.feature_batches
-        return sum(of.labels("mnist", "1", engine)._value.get() for engine in ("eager", "onnx"))
+        return sum(of.labels("mnist", "1", engine).value for engine in ("eager", "onnx"))
 
     before, x = count(), rows_for("mnist", 4)
     for _ in range(10):

@@ -185,8 +185,7 @@ def test_a_request_that_waits_is_answered_by_the_version_it_came_to(server, root
 
 def test_a_request_that_is_still_decoded_is_answered_by_the_version_it_came_to(server, root):
     old = server.server.repository.find("tiny", "")
-    held = old.held()
-    server.on_loop(held.__enter__)
+    server.on_loop(old.hold)
     try:
         tiny.write(root, 1, seed=2)
         tiny.load(server)
@@ -194,7 +193,7 @@ def test_a_request_that_is_still_decoded_is_answered_by_the_version_it_came_to(s
         answers = server.wait(old.run({"x": tiny.ROWS}, len(tiny.ROWS), (), True, Terms()))
         assert close(answers[0].outputs["output"], 1)
     finally:
-        server.on_loop(lambda: held.__exit__(None, None, None))
+        server.on_loop(old.let_go)
     while server.on_loop(lambda: server.server.repository._retiring):
         pass
     assert old.batcher.draining

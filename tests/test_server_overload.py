@@ -5,9 +5,11 @@ from concurrent.futures import Future
 from typing import Any
 
 import grpc
+import numpy as np
+import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from holding import HeldModel, details, failure, serving_shared
-from test_server_inference import wait_until
+from test_server_inference import request, wait_until
 from test_server_operations import get, samples, value
 
 from layercast.proto.messages import ModelStatisticsRequest
@@ -87,3 +89,25 @@ def test_a_greedy_connection_leaves_the_others_their_turn(repository, tmp_path):
             for call in calls:
                 call.result()
             assert 1 in model.first[1:3]
+
+
+def test_a_full_queue_refuses_before_it_looks_at_what_was_sent(repository, tmp_path):
+    with serving_shared(repository, tmp_path, "max_batch = 1\nqueue_rows = 2\n") as server:
+        model = HeldModel(server)
+        running_call = model.occupy()
+        waiting = [model.ask(1), model.ask(2)]
+        model.waits(2)
+        broken = request("shared", np.zeros((1, 10), "f4"))
+        broken.raw_input_contents[0] = b"too short"
+        with pytest.raises(grpc.RpcError) as refused:
+            server.call("ModelInfer", broken)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "2 of 2 rows wait, 1 more came" in refused.value.details()
+        assert details(refused.value, RetryInfo).retry_delay.ToMilliseconds() == 100
+        assert model.metric("layercast_rejected_total", reason="queue_full") == 1
+        assert model.metric("layercast_requests_total", kind="predict", code="UNAVAILABLE") == 1
+        model.leave.set()
+        assert not any(call.exception() for call in (running_call, *waiting))
+        with pytest.raises(grpc.RpcError) as wrong:
+            server.call("ModelInfer", broken)
+        assert wrong.value.code() is grpc.StatusCode.INVALID_ARGUMENT

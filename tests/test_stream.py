@@ -33,7 +33,7 @@ def numbered(numbers, name="same"):
 
 
 def gauge(served, name: str) -> float:
-    return served.server.metrics.inflight.labels(name, "1")._value.get()
+    return served.server.metrics.inflight.labels(name, "1").value
 
 
 def test_a_thousand_requests_on_one_stream_are_answered_in_order_an_error_among_them(served):
@@ -216,7 +216,7 @@ def test_idle_streams_hold_nobody_up_and_a_stop_ends_them_after_their_answers():
 
 def test_streams_are_counted(served):
     def value(family, *more):
-        return family.labels("bidi_stream", "inference.GRPCInferenceService", "ModelStreamInfer", *more)._value.get()
+        return family.labels("bidi_stream", "inference.GRPCInferenceService", "ModelStreamInfer", *more).value
 
     metrics = served.server.metrics
     started, received, ended = (

@@ -114,12 +114,12 @@ def test_a_broken_version_is_tried_once_and_again_when_it_changes(server, root, 
     broken = tiny.write(staging, 1, seed=2)
     golden = tiny.write(staging, 2, seed=3) / "golden.safetensors"
     shutil.copy(golden, broken / "golden.safetensors")
-    loads = server.server.metrics.loads.labels("tiny", "1", "failed")._value
+    loads = server.server.metrics.loads.labels("tiny", "1", "failed")
     shutil.rmtree(root / "tiny" / "1")
     broken.rename(root / "tiny" / "1")
     until(lambda: tiny.index(server)["tiny", "1"][1])
     looks(server, 4)
-    assert loads.get() == 1
+    assert loads.value == 1
     assert right(server, 1)  # from memory
     tiny.write(root, 1, seed=4)
     until(lambda: right(server, 4))

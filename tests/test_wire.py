@@ -59,7 +59,7 @@ def still_answers(served):
 
 def handled(served, path: str, code: str, kind: str = "unary") -> float:
     service, name = path.strip("/").split("/")
-    return served.server.metrics.rpc_handled.labels(kind, service, name, code)._value.get()
+    return served.server.metrics.rpc_handled.labels(kind, service, name, code).value
 
 
 @pytest.mark.parametrize("path", UNARY)
@@ -269,7 +269,7 @@ def test_calls_cancelled_at_any_moment_leave_nothing_behind(served):
         list(pool.map(cancel, range(16)))
     model = served.server.repository.models["same", 1]
     wait_until(served, lambda: model.batcher.queued_rows == 0)
-    wait_until(served, lambda: served.server.metrics.inflight.labels("same", "1")._value.get() == 0)
+    wait_until(served, lambda: served.server.metrics.inflight.labels("same", "1").value == 0)
 
 
 def test_a_caller_is_its_connection_whatever_its_headers_say(monkeypatch):

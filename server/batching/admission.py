@@ -60,21 +60,30 @@ class Admission:
                 f"send them in several requests"
             )
 
+    def check_room(self, rows: int, peer: str) -> None:
+        """Raise Unavailable when a request of so many rows is sure to be refused as things stand."""
+        if self._queue.held.rows + rows > self._limits.queue_rows >= rows > 0:
+            self._check_fair(Held(1, rows, 0), peer)
+
     def _make_room(self, wanted: Held, peer: str) -> None:
         """Return when the request fits, having ended others if that is fair; raise Unavailable if it is not."""
-        limits = self._limits
         if self._lacks_rows(wanted) or self._lacks_bytes(wanted):
-            own = self._queue.peers.get(peer, Held())
-            peers = len(self._queue.peers) + (own.works == 0)
-            if (self._lacks_rows(wanted) and own.rows + wanted.rows > limits.queue_rows / peers) or (
-                self._lacks_bytes(wanted) and own.bytes + wanted.bytes > limits.queue_bytes / peers
-            ):
-                raise self._full(wanted)
+            self._check_fair(wanted, peer)
         # What the others hold is more than their even shares together, so one of them holds more than its own.
         while self._lacks_rows(wanted):
             self._evict(max(self._queue.peers, key=lambda name: self._queue.peers[name].rows))
         while self._lacks_bytes(wanted):
             self._evict(max(self._queue.peers, key=lambda name: self._queue.peers[name].bytes))
+
+    def _check_fair(self, wanted: Held, peer: str) -> None:
+        """Raise Unavailable unless `peer` may have room in a full queue: it would hold no more than its even share."""
+        limits = self._limits
+        own = self._queue.peers.get(peer) or Held()
+        peers = len(self._queue.peers) + (own.works == 0)
+        if (self._lacks_rows(wanted) and own.rows + wanted.rows > limits.queue_rows / peers) or (
+            self._lacks_bytes(wanted) and own.bytes + wanted.bytes > limits.queue_bytes / peers
+        ):
+            raise self._full(wanted)
 
     def _lacks_rows(self, wanted: Held) -> bool:
         return self._queue.held.rows + wanted.rows > self._limits.queue_rows

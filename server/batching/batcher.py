@@ -1,25 +1,24 @@
 """Dynamic batching: requests wait together for a moment, run in one forward, and each gets its own rows back.
 
-The loop is three words: gather, compute, answer. Everything runs on the event loop but the forwards, each in the
-thread of its instance.
+Three words: gather, compute, answer. Nothing here waits: a change of the queue has it looked at once, at the end of the
+event loop's pass, so that all requests that came in one pass are seen together.
 """
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Sequence
 
 from layercast.server.batching.admission import RETRY_SECONDS, Admission
+from layercast.server.batching.forwards import Forwards
 from layercast.server.batching.gather import Batch, gather, ripe_rows
-from layercast.server.batching.instance import Instance, Ran, Run
+from layercast.server.batching.instance import Ran, Run
 from layercast.server.batching.pace import Pace
+from layercast.server.batching.patience import Patience
 from layercast.server.batching.policy import Execution, Limits, Observer, Phase, Reason, slack_of
 from layercast.server.batching.queue import Queue
-from layercast.server.errors import DeadlineCancelled, DeadlineExceeded, ModelFailed, Unavailable
+from layercast.server.errors import DeadlineCancelled, DeadlineExceeded, Unavailable
 from layercast.server.work import Answer, Rows, Terms, Work
-
-logger = logging.getLogger(__name__)
 
 _NOW = Terms()
 _CLOSE_SECONDS = 5.0
@@ -45,20 +44,16 @@ class Batcher:
         self._queue = Queue(ripe_rows(limits))
         self._admission = Admission(name, limits, self._queue, observer, self._end)
         self._pace = Pace()
-        self._running: set[Work] = set()
-        self._turn = asyncio.Lock()
-        self._wake = asyncio.Event()
-        self._gate = asyncio.Event()
-        self._gate.set()
-        self._settled = asyncio.Event()
-        self._settled.set()
-        self._draining = self._hurried = False
+        self._forwards = Forwards(name, runs, prepare, limits.inline_rows, self._answer, self._fail, self._look)
         self._loop = asyncio.get_running_loop()
-        self._instances = [Instance(f"layercast-{name}-{at}", run, prepare) for at, run in enumerate(runs)]
-        self._tasks = [
-            self._loop.create_task(self._serve(instance), name=f"batcher-{name}-{at}")
-            for at, instance in enumerate(self._instances)
-        ]
+        self._next_look: asyncio.Handle | None = None
+        self._delay_over: asyncio.TimerHandle | None = None
+        self._patience = Patience()
+        self._held = self._draining = self._hurried = False
+        self._settled = asyncio.Event()
+        # For works that nobody waits for any more.
+        self._nobody = self.future()
+        self._nobody.cancel()
 
     @property
     def limits(self) -> Limits:
@@ -73,7 +68,7 @@ class Batcher:
     @property
     def instances(self) -> int:
         """How many batches run at the same time at most."""
-        return len(self._instances)
+        return len(self._forwards)
 
     @property
     def queued_rows(self) -> int:
@@ -84,6 +79,10 @@ class Batcher:
         """Return a future for a work of this batcher."""
         return self._loop.create_future()
 
+    def check_room(self, rows: int, peer: str) -> None:
+        """Raise Unavailable when `submit` is sure to for so many rows of `peer`: before any work is spent on them."""
+        self._admission.check_room(rows, peer)
+
     async def submit(self, works: Sequence[Work], terms: Terms = _NOW) -> list[Answer]:
         """Queue the works of one request, all or none, and return their answers in order.
 
@@ -93,16 +92,11 @@ class Batcher:
         deadline that cancels it, that is counted as such.
         """
         slack = self._admit(works, terms)
-        timer = self._queue_timer(works, terms)
+        timers = self._timers(works, terms)
         try:
-            async with asyncio.timeout_at(terms.deadline) as timeout:
-                return [await work.future for work in works]
-        except TimeoutError:
-            phase = self._withdraw(works)
-            if not timeout.expired():  # the model's own
-                raise
-            self._observer.expired(phase)
-            raise _too_late() from None
+            if len(works) == 1:
+                return [await works[0].future]
+            return [await work.future for work in works]
         except DeadlineExceeded:
             self._observer.expired(self._withdraw(works))
             raise
@@ -117,17 +111,21 @@ class Batcher:
             self._withdraw(works)
             raise
         finally:
-            if timer:
+            for timer in timers:
                 timer.cancel()
+            # Parts refer to each other, and an error, by its traceback, to the works that it ended. Only a garbage
+            # collection would free such a circle, inputs and all, and collections hold up every request.
+            for work in works:
+                work.parts, work.future = (), self._nobody
 
     def hold(self) -> None:
         """Gather nothing until `release`: what arrives waits in the queue. For tests of waiting rows."""
-        self._gate.clear()
+        self._held = True
 
     def release(self) -> None:
         """Gather again."""
-        self._gate.set()
-        self._wake.set()
+        self._held = False
+        self._look_soon()
 
     def hurry(self) -> None:
         """Let no batch wait for more rows from now on: few will come."""
@@ -138,6 +136,7 @@ class Batcher:
         """Refuse new works and wait until every admitted one is answered, so long at most; tell whether they are."""
         self._draining = True
         self.hurry()
+        self._settle()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._settled.wait(), seconds)
         return self._settled.is_set()
@@ -151,19 +150,13 @@ class Batcher:
         for work in list(self._queue):
             self._end(work.parts, Unavailable(f"model {self._name!r} was stopped before the rows ran; try again"))
         settled = await self.drain(seconds)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for work in list(self._running):
+        self._forwards.cancel()
+        for work in list(self._forwards.running):
             self._end(work.parts, Unavailable(f"model {self._name!r} was stopped while the rows ran; try again"))
-        self._running.clear()
+        self._forwards.running.clear()
         self._settle()
         # A thread that is still in a forward now has had its time; it ends by itself or with the process.
-        patience = seconds if settled else 0.0
-        await asyncio.gather(*(instance.stop(patience) for instance in self._instances), return_exceptions=True)
-        # What is left of a batcher refers to itself; a model must not wait for a garbage collection to leave memory.
-        self._instances.clear()
-        self._tasks.clear()
+        await self._forwards.stop(seconds if settled else 0.0)
 
     def _admit(self, works: Sequence[Work], terms: Terms) -> float:
         """Queue the works; return how many seconds before the deadline a cancel is taken for the deadline's own."""
@@ -178,14 +171,23 @@ class Batcher:
                 raise _too_late()
             expires, slack = time.perf_counter_ns() + int(left * 1e9), slack_of(left)
         self._admission.admit(works, terms, expires)
-        self._settled.clear()
+        self._patience.came()
         self._changed()
         return slack
 
-    def _queue_timer(self, works: Sequence[Work], terms: Terms) -> asyncio.TimerHandle | None:
+    def _timers(self, works: Sequence[Work], terms: Terms) -> list[asyncio.TimerHandle]:
+        """Let the queue timeout and the deadline, where there are any, end the works."""
         own, asked = self._limits.queue_timeout, terms.timeout
         seconds = own if asked is None else asked if own is None else min(own, asked)
-        return None if seconds is None else self._loop.call_later(seconds, self._time_out, works, seconds)
+        timers = []
+        if seconds is not None:
+            timers.append(self._loop.call_later(seconds, self._time_out, works, seconds))
+        if terms.deadline is not None:
+            timers.append(self._loop.call_at(terms.deadline, self._expire, works))
+        return timers
+
+    def _expire(self, works: Sequence[Work]) -> None:
+        self._end(works, _too_late())
 
     def _time_out(self, works: Sequence[Work], seconds: float) -> None:
         if any(work in self._queue for work in works):
@@ -212,76 +214,72 @@ class Batcher:
         self._changed()
 
     def _changed(self) -> None:
-        """Tell the observer and the gatherer that what waits has changed."""
-        self._observer.queued(self._queue.held.rows, self._queue.held.bytes)
-        self._wake.set()
+        """Tell the observer that what waits has changed, and have it looked at."""
+        held = self._queue.held
+        self._observer.queued(held.rows, held.bytes)
+        self._look_soon()
 
-    async def _serve(self, instance: Instance) -> None:
-        """Run one instance for good: it gathers when it is free, one instance at a time."""
-        while True:
-            async with self._turn:
-                batch = await self._gather()
-            try:
-                await self._compute(instance, batch.works, batch.reason)
-            except Exception as error:
-                logger.exception("the batcher of model %s failed", self._name)
-                for work in batch.works:
-                    self._end(work.parts, error)
-            self._running.difference_update(batch.works)
-            self._settle()
+    def _look_soon(self) -> None:
+        if self._next_look is None:
+            self._next_look = self._loop.call_soon(self._look)
 
-    async def _gather(self) -> Batch:
-        """Return the next batch, when there is one. The first row's arrival starts the clock."""
-        while True:
-            await self._gate.wait()
+    def _look(self) -> None:
+        """Let free instances run what may run now. The first row's arrival starts the clock."""
+        self._forget_looks()
+        while self._forwards.free and not self._held:
+            if self._more_may_come():
+                self._look_soon()
+                return
             now = time.perf_counter_ns()
             gathered = gather(self._queue, self._limits, self._pace, now, self._hurried)
             for work in gathered.dropped:
                 self._end(work.parts, _too_late())
-            if batch := gathered.batch:
-                self._running.update(batch.works)
-                self._changed()
-                for work in batch.works:
-                    work.started = now
-                    self._observer.waited((now - work.arrived) / 1e9)
-                return batch
-            self._settle()
-            oldest = self._queue.oldest()
-            await self._sleep((oldest.arrived + self._limits.delay_ns - now) / 1e9 if oldest else None)
+            if not gathered.batch:
+                self._look_after_delay(now)
+                break
+            if self._start(gathered.batch, now):
+                self._look_soon()  # it ran on this loop: others come first now
+                break
+        self._settle()
+
+    def _forget_looks(self) -> None:
+        for handle in (self._next_look, self._delay_over):
+            if handle:
+                handle.cancel()
+        self._next_look = self._delay_over = None
+
+    def _more_may_come(self) -> bool:
+        """Whether the rows that wait would run on the event loop, which may bring others in its next pass."""
+        held, oldest = self._queue.held, self._queue.oldest()
+        return (
+            oldest is not None
+            and not (self._hurried or self._limits.max_delay)
+            and held.rows < self._limits.max_batch
+            and self._forwards.inline(held.rows)
+            and self._patience.lasts(oldest.arrived)
+        )
+
+    def _start(self, batch: Batch, now: int) -> bool:
+        """Run a batch that was taken from the queue; tell whether it has ended."""
+        held = self._queue.held
+        self._observer.queued(held.rows, held.bytes)
+        for work in batch.works:
+            work.started = now
+            self._observer.waited((now - work.arrived) / 1e9)
+        return self._forwards.start(batch)
+
+    def _look_after_delay(self, now: int) -> None:
+        if oldest := self._queue.oldest():
+            seconds = (oldest.arrived + self._limits.delay_ns - now) / 1e9
+            self._delay_over = self._loop.call_later(max(0.0, seconds), self._look)
 
     def _settle(self) -> None:
-        if not self._queue and not self._running:
+        if self._draining and not self._queue.held.works and not self._forwards.running:
             self._settled.set()
 
-    async def _sleep(self, seconds: float | None) -> None:
-        """Return when something changed or `seconds` passed."""
-        self._wake.clear()
-        timer = None if seconds is None else self._loop.call_later(max(0.0, seconds), self._wake.set)
-        try:
-            await self._wake.wait()
-        finally:
-            if timer:
-                timer.cancel()
-
-    async def _compute(self, instance: Instance, works: Sequence[Work], reason: Reason) -> None:
-        """Run the batch and answer its works. When it raises, run each work alone, so that only the culprit fails.
-
-        A model that breaks its contract does so for every row: the whole batch fails, and nothing is run again.
-        """
-        try:
-            ran = await instance.run(works)
-            if len(ran.rows) != len(works):
-                raise ModelFailed(f"this is a bug: {len(works)} works ran and {len(ran.rows)} results came back")
-        except Exception as error:
-            if len(works) > 1 and not isinstance(error, ModelFailed):
-                for work in works:
-                    if work.alive(time.perf_counter_ns()):
-                        await self._compute(instance, [work], reason)
-                return
-            for work in works:
-                self._end(work.parts, error)
-            return
-        self._answer(works, ran, reason)
+    def _fail(self, works: Sequence[Work], error: Exception) -> None:
+        for work in works:
+            self._end(work.parts, error)
 
     def _answer(self, works: Sequence[Work], ran: Ran, reason: Reason) -> None:
         rows = sum(work.rows for work in works)

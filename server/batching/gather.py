@@ -1,6 +1,7 @@
 """Which works run next, and when: the one place that decides how a batch is made. Nothing here waits."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from layercast.server.batching.pace import Pace
 from layercast.server.batching.policy import Limits, Reason
@@ -8,15 +9,15 @@ from layercast.server.batching.queue import Queue
 from layercast.server.work import Work
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Works that share a forward, and why the batch closed."""
+class Batch(NamedTuple):
+    """Works that share a forward, how many rows they have together, and why the batch closed."""
 
     works: list[Work]
+    rows: int
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Gathered:
     """The next batch, None when every group may still wait for more rows; and works that will not run.
 
@@ -39,10 +40,11 @@ def gather(queue: Queue, limits: Limits, pace: Pace, now: int, draining: bool) -
     while (oldest := queue.oldest()) and (oldest.arrived <= until or queue.ripe()):
         for lead in queue.leads(until):
             works = queue.batch(lead, limits.max_batch)
-            earliest = now + pace.least(lead.key, sum(work.rows for work in works), now)
+            rows = sum(work.rows for work in works)
+            earliest = now + pace.least(lead.key, rows, now)
             if dead := [work for work in works if not work.alive(earliest)]:
                 break
-            batch = _close(queue, limits, lead, works, until, draining)
+            batch = _close(queue, limits, lead, Batch(works, rows, "full"), until, draining)
             if batch:
                 queue.take(batch.works)
                 return Gathered(batch, dropped)
@@ -54,28 +56,28 @@ def gather(queue: Queue, limits: Limits, pace: Pace, now: int, draining: bool) -
     return Gathered(None, dropped)
 
 
-def _close(queue: Queue, limits: Limits, lead: Work, works: list[Work], until: int, draining: bool) -> Batch | None:
-    """Return the batch that `works` make now, or None when it is better to wait for more."""
-    if limits.preferred and (preferred := _preferred(works, limits.preferred)):
-        return Batch(preferred, "preferred")
-    rows = sum(work.rows for work in works)
+def _close(queue: Queue, limits: Limits, lead: Work, found: Batch, until: int, draining: bool) -> Batch | None:
+    """Return the batch that the works `found` make now, or None when it is better to wait for more."""
+    if limits.preferred and (preferred := _preferred(found.works, limits.preferred)):
+        return preferred
+    rows = found.rows
     if rows >= max(limits.preferred, default=limits.max_batch) or queue.group_rows(lead.key) > rows:
-        return Batch(works, "full")
+        return found
     if draining:
-        return Batch(works, "drain")
+        return found._replace(reason="drain")
     if lead.arrived <= until:
-        return Batch(works, "timeout" if limits.max_delay else "idle")
+        return found._replace(reason="timeout" if limits.max_delay else "idle")
     return None
 
 
-def _preferred(works: list[Work], sizes: tuple[int, ...]) -> list[Work]:
-    """Return the longest beginning of `works` that has exactly a preferred number of rows; none if there is none."""
-    rows, found = 0, 0
+def _preferred(works: list[Work], sizes: tuple[int, ...]) -> Batch | None:
+    """Return the longest beginning of `works` that has exactly a preferred number of rows; None if there is none."""
+    rows, found = 0, None
     for count, work in enumerate(works, 1):
         rows += work.rows
         if rows in sizes:
-            found = count
-    return works[:found]
+            found = Batch(works[:count], rows, "preferred")
+    return found
 
 
 def ripe_rows(limits: Limits) -> int:

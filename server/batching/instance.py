@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from layercast.server.work import Rows, Work
@@ -22,6 +23,10 @@ class Ran(NamedTuple):
     compute_ns: int
 
 
+Done = Callable[[Ran | None, Exception | None], None]
+"""Told, on the event loop, how a forward ended: what it gave, or else what it raised."""
+
+
 class Instance:
     """Runs batches one at a time. `prepare` is called in the thread before anything else.
 
@@ -32,15 +37,27 @@ class Instance:
         self._run = run
         self._prepare = prepare
         self._loop = asyncio.get_running_loop()
-        self._jobs: queue.SimpleQueue[tuple[Sequence[Work], asyncio.Future[Ran]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Sequence[Work], Done] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
+    def start(self, works: Sequence[Work], done: Done) -> None:
+        """Run `works` in one forward in the thread, and tell `done` how it ended."""
+        self._jobs.put((works, done))
+
     async def run(self, works: Sequence[Work]) -> Ran:
-        """Run `works` in one forward. Raises what the model raises."""
+        """Run `works` in one forward in the thread. Raises what the model raises."""
         future: asyncio.Future[Ran] = self._loop.create_future()
-        self._jobs.put((works, future))
+        self.start(works, partial(deliver, future))
         return await future
+
+    def run_here(self, works: Sequence[Work]) -> tuple[Ran | None, Exception | None]:
+        """Run `works` in one forward in the caller's thread, while nothing runs in the instance's own."""
+        start = time.perf_counter_ns()
+        try:
+            return Ran(self._run(works), time.perf_counter_ns() - start), None
+        except BaseException as raised:
+            return None, harmless(raised)
 
     async def stop(self, seconds: float) -> None:
         """End the thread, after the forward that it runs; wait for that so long at most."""
@@ -51,18 +68,13 @@ class Instance:
         if self._prepare:
             self._prepare()
         while job := self._jobs.get():
-            works, future = job
-            ran: Ran | None = None
-            error: Exception | None = None
-            start = time.perf_counter_ns()
+            works, done = job
             try:
-                ran = Ran(self._run(works), time.perf_counter_ns() - start)
-            except BaseException as raised:
-                error = harmless(raised)
-            try:
-                self._loop.call_soon_threadsafe(deliver, future, ran, error)
+                self._loop.call_soon_threadsafe(done, *self.run_here(works))
             except RuntimeError:  # the loop is closed: nobody is there to be told
                 return
+            # Until the next job comes this thread would keep these rows in memory.
+            del job, works, done
 
 
 def harmless(raised: BaseException) -> Exception:

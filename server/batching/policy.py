@@ -18,7 +18,8 @@ class Limits:
     `max_batch` is the rows that run together at most, `max_delay` the seconds that the first row waits for others.
     `queue_rows` and `queue_bytes` bound what waits. `preferred` are batch sizes that leave as soon as they are
     reached. `queue_timeout` is the seconds that a request may wait, None for any time; `priorities` the number of
-    levels, of which the last is the default.
+    levels, of which the last is the default. Batches of up to `inline_rows` rows are over sooner than they could be
+    handed to a thread.
     """
 
     max_batch: int
@@ -28,6 +29,7 @@ class Limits:
     preferred: tuple[int, ...] = ()
     queue_timeout: float | None = None
     priorities: int = 1
+    inline_rows: int = 0
 
     @property
     def delay_ns(self) -> int:
@@ -35,7 +37,7 @@ class Limits:
         return int(self.max_delay * 1e9)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Execution:
     """One forward that ran: its rows, why the batch closed, how long it took.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """`deadline` is on the event loop's clock, in seconds; None when the caller set none. `size` is the message's.
 

@@ -1,21 +1,24 @@
 """ModelInfer of the Open Inference Protocol (KServe v2) with Triton's extensions, free of any transport."""
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from layercast.proto.codec import decode_inputs, fill_outputs, is_typed
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
 from layercast.server.errors import ResourceExhausted
 from layercast.server.model import ServedModel
 from layercast.server.monitor import Kind
-from layercast.server.service.answering import Answered, Answering, decoding, off_loop
+from layercast.server.service import scopes
+from layercast.server.service.answering import LARGE, Answered, Answering, Timer, decoding, off_loop, timed
 from layercast.server.service.call import Call
 from layercast.server.service.classification import Classes, classified, resolve_classes
 from layercast.server.service.parameters import asks_raw, check_parameters
+from layercast.server.service.plain import Plain
 from layercast.server.service.requests import Wanted, check_inputs, resolve_outputs, warnings
-from layercast.server.work import Array
+from layercast.server.work import Array, Terms
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Asked:
     """A request, decoded and checked."""
 
@@ -32,6 +35,7 @@ class InferenceService:
 
     def __init__(self, answering: Answering) -> None:
         self._answering = answering
+        self._plain: WeakKeyDictionary[ServedModel, Plain] = WeakKeyDictionary()
 
     async def model_infer(self, request: ModelInferRequest, call: Call) -> ModelInferResponse:
         """Predictions, and any layer asked for as an output `layer:PATH[@reducer]`.
@@ -45,10 +49,19 @@ class InferenceService:
 
     async def infer_into(self, response: ModelInferResponse, request: ModelInferRequest, call: Call) -> None:
         """Answer `request` in the empty message `response`: one inside another message needs no copy this way."""
-        asks_layers = any(output.name.startswith("layer:") for output in request.outputs)
+        outputs = request.outputs
+        asks_layers = bool(outputs) and any(output.name.startswith("layer:") for output in outputs)
         kind: Kind = "features" if asks_layers else "predict"
         model = self._answering.find(request.model_name, request.model_version, kind)
         with self._answering.counted(model, kind) as timer:
+            model.batcher.check_room(_claimed_rows(request), call.peer)
+            plain = self._plain.get(model)
+            if plain is None:
+                plain = self._plain[model] = Plain(model.manifest, self._answering.max_bytes, LARGE)
+            # What is large is decoded and encoded in another thread, by the general path.
+            if call.size < LARGE and (found := plain.inputs(request)):
+                await self._answer_plain(response, request, model, plain, found, call, timer)
+                return
             asked = await off_loop(call.size, self._decode, model, request)
             timer.decoded()
             answered = await self._answering.run(
@@ -57,6 +70,24 @@ class InferenceService:
             timer.ran(answered)
             size = sum(values.nbytes for _, _, values in answered.tensors)
             await off_loop(size, self._encode, response, request, model, asked, answered)
+
+    async def _answer_plain(
+        self,
+        response: ModelInferResponse,
+        request: ModelInferRequest,
+        model: ServedModel,
+        plain: Plain,
+        found: tuple[dict[str, Array], int],
+        call: Call,
+        timer: Timer,
+    ) -> None:
+        scopes.require(scopes.PREDICT, to="asking for outputs")
+        timer.decoded()
+        answers = await model.run(*found, (), True, Terms(call.deadline, peer=call.peer))
+        answered = timed([], answers)
+        timer.ran(answered)
+        plain.fill(response, request, answers)
+        _tell_times(response, answered)
 
     def _decode(self, model: ServedModel, request: ModelInferRequest) -> _Asked:
         manifest = model.manifest
@@ -98,8 +129,19 @@ def _fill(
     fill_outputs(response, classified(answered.tensors, asked.classes), asked.typed)
     response.model_name, response.model_version = model.manifest.name, str(model.manifest.version)
     response.id = request.id
-    response.parameters["queue_ns"].int64_param = answered.queue_ns
-    response.parameters["compute_ns"].int64_param = answered.compute_ns
-    response.parameters["batch_rows"].int64_param = answered.batch_rows
+    _tell_times(response, answered)
     if asked.warning:
         response.parameters["warning"].string_param = asked.warning
+
+
+def _tell_times(response: ModelInferResponse, answered: Answered) -> None:
+    parameters = response.parameters
+    parameters["queue_ns"].int64_param = answered.queue_ns
+    parameters["compute_ns"].int64_param = answered.compute_ns
+    parameters["batch_rows"].int64_param = answered.batch_rows
+
+
+def _claimed_rows(request: ModelInferRequest) -> int:
+    """Return how many rows the request says it has, before anything of it is checked; 0 when it does not say."""
+    shape = request.inputs[0].shape if request.inputs else ()
+    return shape[0] if shape else 0

@@ -1,0 +1,154 @@
+"""Runs batches: each in the thread of a free instance, or on the event loop where it is sure to be over sooner.
+
+To hand a batch to a thread and back takes a tenth of a millisecond of a processor, more while the loop is busy. Small
+models have answered by then.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
+
+from layercast.server.batching.gather import Batch
+from layercast.server.batching.instance import Instance, Ran, Run
+from layercast.server.batching.policy import Reason
+from layercast.server.errors import ModelFailed
+from layercast.server.work import Work
+
+logger = logging.getLogger(__name__)
+
+Answer = Callable[[Sequence[Work], Ran, Reason], None]
+Fail = Callable[[Sequence[Work], Exception], None]
+
+_SURPRISE_NS: Final = 1_000_000
+"""What no forward on the loop should take."""
+_MOST_SURPRISES: Final = 3
+"""As many of them in a row send the model's forwards to its threads."""
+_WARY_NS: Final = 1_000_000_000
+"""How long they stay there."""
+
+
+class Forwards:
+    """The instances of one model, and the works that run on them.
+
+    `answer` is given what each forward gave, `fail` the works that get no answer with the reason, and `freed` is
+    called when an instance can take the next batch from a thread. Batches of up to `inline_rows` rows run on the loop.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        runs: Sequence[Run],
+        prepare: Callable[[], None] | None,
+        inline_rows: int,
+        answer: Answer,
+        fail: Fail,
+        freed: Callable[[], None],
+    ) -> None:
+        self.running: set[Work] = set()
+        self._name = name
+        self._inline_rows = inline_rows
+        self._answer = answer
+        self._fail = fail
+        self._freed = freed
+        self._surprises = self._wary_until = 0
+        self._alone: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._instances = [Instance(f"layercast-{name}-{at}", run, prepare) for at, run in enumerate(runs)]
+        # The one that ran last runs next, as long as it is enough: its memory is still in the processor's caches.
+        self._free = self._instances[::-1]
+
+    def __len__(self) -> int:
+        """Return how many batches run at the same time at most."""
+        return len(self._instances)
+
+    @property
+    def free(self) -> bool:
+        """Whether an instance waits for a batch."""
+        return bool(self._free)
+
+    def inline(self, rows: int) -> bool:
+        """Tell whether a plain forward of so many rows, without taps and edits, would run on the event loop now."""
+        return rows <= self._inline_rows and (not self._wary_until or time.perf_counter_ns() >= self._wary_until)
+
+    def start(self, batch: Batch) -> bool:
+        """Run `batch` on a free instance; tell whether it has ended, which is so when it ran on the event loop."""
+        instance, works = self._free.pop(), batch.works
+        self.running.update(works)
+        if not self.inline(batch.rows) or any(work.taps or work.edits for work in works):
+            instance.start(works, partial(self._ran, instance, batch))
+            return False
+        ran, error = instance.run_here(works)
+        self._judge(ran)
+        return self._ended(instance, batch, ran, error)
+
+    def _judge(self, ran: Ran | None) -> None:
+        """Leave the loop to others for a while when forwards on it take longer than was measured at the load."""
+        # One alone says nothing of the model: on a busy machine the thread may have been put aside for that long.
+        self._surprises = self._surprises + 1 if ran and ran.compute_ns > _SURPRISE_NS else 0
+        if self._surprises == _MOST_SURPRISES:
+            self._surprises, self._wary_until = 0, time.perf_counter_ns() + _WARY_NS
+
+    def cancel(self) -> None:
+        """Tell nobody any more how forwards end."""
+        self._closed = True
+        for task in self._alone:
+            task.cancel()
+
+    async def stop(self, seconds: float) -> None:
+        """End the threads; wait so long at most for the forwards that they run."""
+        await asyncio.gather(*(instance.stop(seconds) for instance in self._instances), return_exceptions=True)
+        # What is left refers to itself; a model must not wait for a garbage collection to leave memory.
+        self._instances.clear()
+        self._free.clear()
+
+    def _ran(self, instance: Instance, batch: Batch, ran: Ran | None, error: Exception | None) -> None:
+        if not self._closed and self._ended(instance, batch, ran, error):
+            self._freed()
+
+    def _ended(self, instance: Instance, batch: Batch, ran: Ran | None, error: Exception | None) -> bool:
+        """Tell the batch's works; return whether the instance is free again.
+
+        When the model raised, each work runs alone, so that only the culprit fails. A model that breaks its contract
+        does so for every row: the whole batch fails, and nothing is run again.
+        """
+        if error and len(batch.works) > 1 and not isinstance(error, ModelFailed):
+            task = asyncio.get_running_loop().create_task(self._each_alone(instance, batch))
+            self._alone.add(task)
+            task.add_done_callback(self._alone.discard)
+            return False
+        self._tell(batch.works, ran, error, batch.reason)
+        self._leave(instance, batch)
+        return True
+
+    async def _each_alone(self, instance: Instance, batch: Batch) -> None:
+        for work in batch.works:
+            if not work.alive(time.perf_counter_ns()):
+                continue
+            try:
+                ran = await instance.run([work])
+            except Exception as error:
+                self._tell([work], None, error, batch.reason)
+            else:
+                self._tell([work], ran, None, batch.reason)
+        self._leave(instance, batch)
+        self._freed()
+
+    def _tell(self, works: Sequence[Work], ran: Ran | None, error: Exception | None, reason: Reason) -> None:
+        if ran is None:
+            self._fail(works, error or ModelFailed("this is a bug: a forward ended without result or error"))
+        elif len(ran.rows) != len(works):
+            bug = f"this is a bug: {len(works)} works ran and {len(ran.rows)} results came back"
+            self._fail(works, ModelFailed(bug))
+        else:
+            try:
+                self._answer(works, ran, reason)
+            except Exception as raised:
+                logger.exception("the batcher of model %s failed", self._name)
+                self._fail(works, raised)
+
+    def _leave(self, instance: Instance, batch: Batch) -> None:
+        self.running.difference_update(batch.works)
+        self._free.append(instance)

@@ -1,0 +1,101 @@
+"""Forwards on the event loop: which batches run there, that rows of several passes share one, and what sends them off."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+from batching import ask, asking, batching, negate, picky, work
+
+from layercast.server.batching import forwards
+from layercast.server.work import Rows, Tap, Work
+
+
+class Where:
+    """An engine that notes which thread ran how many works, and takes `seconds`."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.ran: list[tuple[bool, int]] = []
+        self.seconds = seconds
+
+    def __call__(self, works: Sequence[Work]) -> list[Rows]:
+        time.sleep(self.seconds)
+        self.ran.append((threading.current_thread() is threading.main_thread(), len(works)))
+        return negate(works)
+
+
+async def test_small_batches_run_on_the_loop_and_larger_ones_in_the_thread():
+    engine = Where()
+    async with batching(engine, inline_rows=2) as (batcher, recorder):
+        assert await ask(batcher, 1) == [-1]
+        assert await ask(batcher, 1, 2) == [-1, -2]
+        assert await ask(batcher, 1, 2, 3) == [-1, -2, -3]
+        assert engine.ran == [(True, 1), (True, 1), (False, 1)]
+        assert recorder.batches == [(1, "idle"), (2, "idle"), (3, "idle")]
+
+
+async def test_without_inline_rows_nothing_runs_on_the_loop():
+    engine = Where()
+    async with batching(engine) as (batcher, _):
+        await ask(batcher, 1)
+        assert engine.ran == [(False, 1)]
+
+
+async def test_a_batch_with_taps_runs_in_the_thread():
+    def tapped(works: Sequence[Work]) -> list[Rows]:
+        ran.append(threading.current_thread() is threading.main_thread())
+        return negate(works)
+
+    ran: list[bool] = []
+    async with batching(tapped, inline_rows=8) as (batcher, _):
+        one = work(batcher, 1)
+        one.taps = (Tap("a"),)
+        await batcher.submit([one])
+        assert ran == [False]
+
+
+async def test_requests_of_several_passes_of_the_loop_share_a_forward():
+    engine = Where()
+    async with batching(engine, inline_rows=8) as (batcher, _):
+        asked = []
+        for value in range(4):
+            asked.append(asking(batcher, value))
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*asked) == [[-value] for value in range(4)]
+        assert engine.ran == [(True, 4)]
+
+
+async def test_a_batch_on_the_loop_that_fails_is_run_again_one_by_one_in_the_thread():
+    async with batching(picky, inline_rows=8) as (batcher, _):
+        batcher.hold()
+        asked = [asking(batcher, value) for value in (1, -1, 2)]
+        await asyncio.sleep(0)
+        batcher.release()
+        first, failed, last = await asyncio.gather(*asked, return_exceptions=True)
+        assert (first, last) == ([-1], [-2])
+        assert isinstance(failed, ValueError)
+        with pytest.raises(ValueError, match="negative"):
+            await ask(batcher, -3)
+        assert await ask(batcher, 5) == [-5]
+
+
+async def test_a_model_that_is_slower_than_at_its_load_leaves_the_loop_for_a_while(monkeypatch):
+    monkeypatch.setattr(forwards, "_WARY_NS", 50_000_000)
+    engine = Where(seconds=0.002)
+    async with batching(engine, inline_rows=8) as (batcher, _):
+        for value in range(4):
+            await ask(batcher, value)
+        assert engine.ran == [(True, 1)] * 3 + [(False, 1)]
+        await asyncio.sleep(0.06)
+        await ask(batcher, 5)
+        assert engine.ran[-1] == (True, 1)
+
+
+async def test_a_batcher_that_runs_on_the_loop_drains_and_closes():
+    async with batching(inline_rows=8) as (batcher, recorder):
+        asked = [asking(batcher, value) for value in range(3)]
+        await asyncio.sleep(0)
+        assert await batcher.drain(5)
+        assert await asyncio.gather(*asked) == [[0], [-1], [-2]]
+        assert recorder.waiting == 0

@@ -1,0 +1,42 @@
+"""Small models on a real server: their batches run on the event loop, and the answers are the model's."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from holding import serving_shared
+from test_server_inference import offline, request, rows_for, values_of
+
+
+@pytest.mark.parametrize(
+    ("settings", "here"),
+    [
+        ('engine = "onnx"\n', True),
+        ('engine = "onnx"\ninstances = 2\n', False),
+        ('engine = "torchscript"\n', False),
+        ('engine = "eager"\n', False),
+    ],
+)
+def test_only_the_steady_engine_of_a_single_instance_runs_on_the_loop(repository, modules, tmp_path, settings, here):
+    with serving_shared(repository, tmp_path, f"max_delay_ms = 0\n{settings}") as server:
+        model = server.server.repository.find("shared", "")
+        loop = server.on_loop(threading.get_ident)
+        ran: set[int] = set()
+
+        def noted(run: Any) -> Any:
+            def note(inputs: Any) -> Any:
+                ran.add(threading.get_ident())
+                return run(inputs)
+
+            return note
+
+        for runner in model.loaded.runners:
+            runner.fast.run = noted(runner.fast.run)
+        xs = [rows_for("shared", 1 + at % 3) for at in range(40)]
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda x: server.call("ModelInfer", request("shared", x)), xs))
+        for x, answer in zip(xs, answers, strict=True):
+            np.testing.assert_allclose(values_of(answer), offline(modules["shared"], x), atol=1e-5)
+        assert (loop in ran) == here == (model.batcher.limits.inline_rows > 0)
