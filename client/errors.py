@@ -121,6 +121,8 @@ _HANDSHAKES = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted here; name the authority with ca= (`--ca`)",
     "WRONG_VERSION_NUMBER": "it does not speak TLS; leave out tls, ca and certificate",
     "handshake failed": "the two could not agree on TLS",
+    # Envoy's refusal comes after the handshake, as TLS 1.3 allows.
+    "Unwrap failed": "it closed the connection; it wants a certificate of its callers, of an authority it trusts",
     "Socket closed": "it closed the connection; it may want TLS (ca=, `--ca`), or a certificate of its callers",
 }
 

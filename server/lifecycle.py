@@ -4,7 +4,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Awaitable
@@ -32,9 +31,12 @@ from layercast.server.service.metadata import MetadataService
 from layercast.server.service.steering import SteeringService
 from layercast.server.service.streaming import StreamService
 from layercast.server.settings import Settings
+from layercast.server.transport.envoy.front_end import EnvoyFrontEnd
+from layercast.server.transport.front_end import FrontEnd
 from layercast.server.transport.grpcio import GrpcFrontEnd
 from layercast.server.transport.http import HttpFrontEnd
 from layercast.server.transport.security import Security
+from layercast.server.transport.signals import INTERRUPTED, SIGNALS, wait_for_signals
 from layercast.server.watch import Watcher
 from layercast.server.web.app import application, metrics_application
 
@@ -77,11 +79,17 @@ class Server:
                 SteeringService(answering),
             ),
         }
-        self._grpc = GrpcFrontEnd(services, self.metrics, settings.max_message_bytes, settings.reflection, security)
         rest = routes(services[INFERENCE_SERVICE], self.metrics, settings.max_message_bytes, security)
         web = application(self.repository, self.metrics, rest, security)
-        tls = security.certificates.context if security.certificates else None
-        self._http = HttpFrontEnd(web, "HTTP", "--http-port", tls)
+        given = (services, self.metrics, settings.max_message_bytes, settings.reflection, security)
+        self._grpc: FrontEnd
+        self._http: FrontEnd | HttpFrontEnd
+        if settings.front_end == "envoy":
+            self._grpc = self._http = EnvoyFrontEnd(*given, web)
+        else:
+            tls = security.certificates.context if security.certificates else None
+            self._grpc = GrpcFrontEnd(*given)
+            self._http = HttpFrontEnd(web, "HTTP", "--http-port", tls)
         scraped = metrics_application(self.metrics, rest)
         self._metrics_http = HttpFrontEnd(scraped, "metrics", "--metrics-port")
         self._watching: asyncio.Task[None] | None = None
@@ -174,8 +182,11 @@ async def run(settings: Settings) -> NoReturn:
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, _signalled, stop)
+    if settings.front_end == "envoy":
+        wait_for_signals(lambda: loop.call_soon_threadsafe(stop.set))
+    else:
+        for number in SIGNALS:
+            loop.add_signal_handler(number, _signalled, stop)
     began = time.perf_counter()
     _say(banner.versions_line())
     # What imports made stays: a full collection would else look through all of it, 0.2 s in which nothing is answered.
@@ -191,6 +202,7 @@ async def run(settings: Settings) -> NoReturn:
         _end(0)
     await starting
     _say(banner.table(server.repository.versions()))
+    _say(banner.front_end_line(settings.front_end))
     host, scheme = settings.host, "https" if settings.tls_certificate else "http"
     _say(
         f"ready in {time.perf_counter() - began:.1f} s   gRPC {host}:{server.grpc_port}   "
@@ -216,7 +228,7 @@ def _end(code: int) -> NoReturn:
 
 def _signalled(stop: asyncio.Event) -> None:
     if stop.is_set():
-        os._exit(130)
+        os._exit(INTERRUPTED)
     stop.set()
 
 

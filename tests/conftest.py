@@ -95,6 +95,8 @@ def modules() -> dict[str, nn.Module]:
 @pytest.fixture(scope="session")
 def repository(modules: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the test models, version 1 each, with every program."""
+    if given := os.environ.get("LAYERCAST_TEST_REPOSITORY"):  # the same, from the tests that started these
+        return Path(given)
     root = tmp_path_factory.mktemp("repository")
     with in_one_thread():
         for name, module in modules.items():

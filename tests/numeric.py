@@ -1,13 +1,14 @@
 """A real gRPC server whose models are lines of numpy: protocol, services and batcher without torch, up in no time."""
 
 import asyncio
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import hosting
 import numpy as np
 from serving import Running
+from starlette.applications import Starlette
 
 from layercast.models.manifest import FileEntry, Manifest, TensorSpec
 from layercast.proto.messages import ModelInferRequest
@@ -26,6 +27,7 @@ from layercast.server.service.inference import InferenceService
 from layercast.server.service.metadata import MetadataService
 from layercast.server.service.streaming import StreamService
 from layercast.server.settings import ModelSettings
+from layercast.server.transport.envoy.front_end import EnvoyFrontEnd
 from layercast.server.transport.grpcio import GrpcFrontEnd
 from layercast.server.transport.security import Security
 
@@ -77,7 +79,9 @@ class Server:
 
     http_port = metrics_port = 0
 
-    async def start(self, models: Mapping[str, Model | list[Model]], max_bytes: int) -> None:
+    async def start(
+        self, models: Mapping[str, Model | list[Model]], max_bytes: int, settings: Mapping[str, object]
+    ) -> None:
         self.metrics = Metrics()
         each = [(name, m) for name, given in models.items() for m in (given if isinstance(given, list) else [given])]
         self.repository = Shelf([self._serve(name, model) for name, model in each])
@@ -93,8 +97,10 @@ class Server:
         )
         features = (FeatureService(self.repository, answering),)
         services = {INFERENCE_SERVICE: objects, FEATURES_SERVICE: features}
-        self.front_end = GrpcFrontEnd(services, self.metrics, max_bytes, reflect=True, security=Security(None, None))
-        self.grpc_port = self.front_end.bind("127.0.0.1", 0)
+        given = (services, self.metrics, max_bytes, True, Security(None, None))
+        envoy = settings["front_end"] == "envoy"
+        self.front_end = EnvoyFrontEnd(*given, Starlette()) if envoy else GrpcFrontEnd(*given)
+        self.grpc_port = self.front_end.bind("127.0.0.1", settings["grpc_port"])
         self.front_end.set_health(["", INFERENCE_SERVICE], serving=True)
         await self.front_end.start()
 
@@ -121,22 +127,15 @@ class Server:
 @contextmanager
 def numeric(models: Mapping[str, Model | list[Model]], max_bytes: int = 64 << 20) -> Iterator[Running]:
     """Serve `models` on a free port."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    server = Server()
-    try:
-        asyncio.run_coroutine_threadsafe(server.start(models, max_bytes), loop).result(30)
+    with hosting.event_loop() as loop, hosting.front_end() as settings:
+        server = Server()
+        asyncio.run_coroutine_threadsafe(server.start(models, max_bytes, settings), loop).result(30)
         running = Running(server, loop)
         try:
             yield running
         finally:
             running.channel.close()
             asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 def asked(model: str, values: np.ndarray, outputs=(), datatype: str = "FP32", **fields) -> ModelInferRequest:

@@ -1,14 +1,14 @@
-"""A real server on loopback ports for tests: in this process, on a thread's own event loop, or as a process."""
+"""A real server on loopback ports for tests, in this process."""
 
 import asyncio
 import tempfile
-import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+import hosting
 
 from layercast.proto.rpc import FEATURES, INFERENCE
 from layercast.server.lifecycle import Server
@@ -64,20 +64,16 @@ class Running:
 @contextmanager
 def running(repository: Path, **settings: Any) -> Iterator[Running]:
     """Start a server on `repository` with `settings` on free ports, yield it ready, and shut it down."""
-    given = {
-        "repository": repository,
-        "grpc_port": 0,
-        "http_port": 0,
-        "metrics_port": 0,
-        "drain_seconds": 5.0,
-        "cache": Path(_CACHE.name),
-        **settings,
-    }
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="server-loop")
-    thread.start()
 
-    async def start() -> Server:
+    async def start(ports: dict[str, object]) -> Server:
+        given = {
+            "repository": repository,
+            "metrics_port": 0,
+            "drain_seconds": 5.0,
+            "cache": Path(_CACHE.name),
+            **ports,
+            **settings,
+        }
         server = Server(read(given))
         try:
             await server.start()
@@ -86,18 +82,15 @@ def running(repository: Path, **settings: Any) -> Iterator[Running]:
             raise
         return server
 
-    def on_loop(coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(120)
+    with hosting.event_loop() as loop, hosting.front_end() as ports:
 
-    try:
-        server = on_loop(start())
+        def on_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+            return asyncio.run_coroutine_threadsafe(coroutine, loop).result(120)
+
+        server = on_loop(start(ports))
         running_server = Running(server, loop)
         try:
             yield running_server
         finally:
             running_server.channel.close()
             on_loop(server.shut_down())
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()

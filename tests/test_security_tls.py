@@ -4,13 +4,17 @@ import http.client
 import logging
 import re
 import ssl
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import grpc
+import hosting
 import numpy as np
 import pytest
 import trustme
 from serving import running
 from test_server_inference import offline, rows_for
+from test_server_process import FREE, serving
 
 from layercast.client import AsyncClient, Client
 from layercast.client.errors import Unavailable
@@ -46,15 +50,28 @@ def files(tmp_path_factory) -> Files:
     return Files(tmp_path_factory.mktemp("certificates"))
 
 
+@contextmanager
+def serving_tls(repository, settings: dict[str, str]):
+    """A server with these settings; Envoy has certificates from its start, so that it is one of its own."""
+    if not hosting.envoy:
+        with running(repository, engine="eager", **settings) as server:
+            yield server
+        return
+    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
+    with serving(repository, *FREE, *options) as process:
+        ports = process.read_until(r"gRPC 127\.0\.0\.1:(\d+)   https://127\.0\.0\.1:(\d+)")
+        yield SimpleNamespace(url=f"127.0.0.1:{ports[1]}", server=SimpleNamespace(http_port=int(ports[2])))
+
+
 @pytest.fixture(scope="module")
 def encrypted(one_model, files):
-    with running(one_model, engine="eager", **files.settings()) as server:
+    with serving_tls(one_model, files.settings()) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def mutual(one_model, files):
-    with running(one_model, engine="eager", **files.settings(tls_client_ca=files["ca.pem"])) as server:
+    with serving_tls(one_model, files.settings(tls_client_ca=files["ca.pem"])) as server:
         yield server
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import hosting
 import numpy as np
 import pytest
 from test_server_inference import offline, request, rows_for, values_of
@@ -54,11 +56,15 @@ RUN = "import sys; from layercast.client.main import main; sys.exit(main(sys.arg
 @contextmanager
 def serving(repository: Path | None, *options: str, patch: str = "") -> Iterator[Process]:
     """Run the server; `patch` is Python that is run before, to make a model or a load slow."""
-    program = ["-c", patch + RUN] if patch else ["-m", "layercast.server"]
+    program = ["-c", patch + RUN] if patch and not hosting.envoy else ["-m", "layercast.server"]
     command = [sys.executable, *program, "serve", *options]
     if repository:
         command += ["--repository", str(repository)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LAYERCAST_")}
+    if hosting.envoy:
+        command += ["--front-end", "envoy"]
+    if patch and hosting.envoy:
+        environment["PYTHONPATH"] = os.pathsep.join([in_every_python(patch), environment.get("PYTHONPATH", "")])
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     watchdog = threading.Timer(120, popen.kill)
     watchdog.start()
@@ -68,6 +74,13 @@ def serving(repository: Path | None, *options: str, patch: str = "") -> Iterator
         watchdog.cancel()
         popen.kill()
         popen.communicate()
+
+
+def in_every_python(script: str) -> str:
+    """Return a folder that, first in PYTHONPATH, lets `script` run at each start: the process gets a second Python."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "sitecustomize.py").write_text(script)
+    return str(folder)
 
 
 FREE = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--engine", "eager")

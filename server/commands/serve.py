@@ -44,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
         if fault := environment.protobuf_fault() or environment.onnxruntime_clash():
             raise StartError(fault)
         environment.let_idle_threads_sleep()
+        if settings.front_end == "envoy":
+            from layercast.server.transport.envoy.process import become_envoy
+
+            become_envoy(settings, given)
         _run(settings)
     except StartError as error:
         print(f"layercast serve: {error}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """One HTTP request from start to end: counted, answered or refused, given up when the caller leaves."""
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -12,18 +11,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from layercast.proto.codec import quoted
-from layercast.server.errors import InvalidArgument, Unimplemented
+from layercast.server.errors import Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.rest.status import error_response
 from layercast.server.service.call import Call, method_of
 from layercast.server.transport.security import RPC_SCOPES, Security
+from layercast.server.transport.timeouts import seconds_of
 
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
 
-_TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
-_SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _GONE = 499
 
 
@@ -92,11 +89,7 @@ def call_of(request: Request) -> Call:
     peer = f"{request.client.host}:{request.client.port}" if request.client else ""
     if given is None:
         return Call(peer=peer)
-    found = _TIMEOUT.fullmatch(given)
-    if found is None:
-        raise InvalidArgument(f"header grpc-timeout is {quoted(given)}; want digits and a unit of H M S m u n, as 250m")
-    seconds = int(found[1]) * _SECONDS[found[2]]
-    return Call(deadline=asyncio.get_running_loop().time() + seconds, peer=peer)
+    return Call(deadline=asyncio.get_running_loop().time() + seconds_of(given), peer=peer)
 
 
 async def unless_gone(request: Request, answer: Coroutine[Any, Any, T]) -> T:

@@ -1,19 +1,15 @@
 """The default front end, grpc.aio: hands messages to the services and their errors to the callers; knows no model."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import grpc
-from google.protobuf.message import Message
 
-from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE_SERVICE, Method
-from layercast.server.errors import StartError, Unimplemented
+from layercast.server.errors import StartError
 from layercast.server.metrics import Metrics
-from layercast.server.service.call import Call, method_of
-from layercast.server.transport.calls import Counted, Handler, ServerStreamRpc, StreamRpc, UnaryRpc
+from layercast.server.transport.front_end import FrontEnd
 from layercast.server.transport.ports import bound_socket, not_bound
 from layercast.server.transport.security import Security
-from layercast.server.transport.standard import UnknownRpcs, add_health, add_reflection
 
 _OPTIONS: Final = (
     # On by default, and then a second server takes part of the traffic of the first, silently.
@@ -33,7 +29,7 @@ _OPTIONS: Final = (
 )
 
 
-class GrpcFrontEnd:
+class GrpcFrontEnd(FrontEnd):
     """A grpc.aio server for the two services, health and reflection."""
 
     def __init__(
@@ -51,15 +47,7 @@ class GrpcFrontEnd:
         )
         self._server = grpc.aio.server(interceptors=security.interceptors(metrics), options=(*limits, *_OPTIONS))
         self._certificates = security.certificates
-        self._metrics = metrics
-        self._streams: list[StreamRpc] = []
-        for name, methods in ((INFERENCE_SERVICE, INFERENCE), (FEATURES_SERVICE, FEATURES)):
-            handlers = {method.name: self._handler(name, method, services[name]) for method in methods.values()}
-            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
-        self._health = add_health(self._server, metrics)
-        if reflect:
-            add_reflection(self._server, metrics, (INFERENCE_SERVICE, FEATURES_SERVICE))
-        self._server.add_generic_rpc_handlers((UnknownRpcs(metrics),))
+        super().__init__(self._server, services, metrics, reflect)
 
     def bind(self, host: str, port: int) -> int:
         """Listen on `host:port` and return the port; StartError when it can't be taken."""
@@ -78,39 +66,6 @@ class GrpcFrontEnd:
         await self._server.start()
 
     async def stop(self, grace: float) -> None:
-        """Refuse new calls at once, and return when the running ones have ended or `grace` seconds are over.
-
-        Streams are read no further; they end when what was read from them is answered.
-        """
-        for stream in self._streams:
-            stream.close()
-        self._health.close()
+        """Refuse new calls at once, and return when the running ones have ended or `grace` seconds are over."""
+        self._close()
         await self._server.stop(grace)
-
-    def set_health(self, services: Iterable[str], serving: bool) -> None:
-        """Report services (and models as `model/NAME`) as serving or not to health checks and watchers."""
-        self._health.set(services, serving)
-
-    def shut_health(self) -> None:
-        """Report everything as not serving, for good."""
-        self._health.shut()
-
-    def _handler(self, service: str, method: Method, objects: Sequence[object]) -> Handler:
-        counted = Counted(service, method.name, self._metrics, method.kind)
-        answer = method_of(objects, method.name)
-        if answer is None:
-            return UnaryRpc(method, _unimplemented(method.name), counted).handler()
-        if method.kind == "unary":
-            return UnaryRpc(method, answer, counted).handler()
-        if method.kind == "server_stream":
-            return ServerStreamRpc(method, answer, counted).handler()
-        stream = StreamRpc(method, answer, counted)
-        self._streams.append(stream)
-        return stream.handler()
-
-
-def _unimplemented(name: str) -> Any:
-    async def answer(request: Any, call: Call) -> Message:
-        raise Unimplemented(f"{name} is not implemented by this server")
-
-    return answer

@@ -1,7 +1,7 @@
 """The services that every gRPC server has: health and reflection, guarded like our own, and an answer to all else."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2
@@ -19,14 +19,21 @@ from layercast.server.transport.health import Health
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
 
 
-def add_health(server: grpc.aio.Server, metrics: Metrics) -> Health:
+class HandlerTaker(Protocol):
+    """What RPCs are registered on: a `grpc.aio.Server`, or what does its work."""
+
+    def add_generic_rpc_handlers(self, handlers: Any, /) -> None:
+        """Answer RPCs with `handlers`."""
+
+
+def add_health(server: HandlerTaker, metrics: Metrics) -> Health:
     """Offer `grpc.health.v1.Health`; return what holds the states."""
     servicer = Health()
     _add(server, metrics, health.SERVICE_NAME, health_rpc.add_HealthServicer_to_server, servicer)
     return servicer
 
 
-def add_reflection(server: grpc.aio.Server, metrics: Metrics, services: Sequence[str]) -> None:
+def add_reflection(server: HandlerTaker, metrics: Metrics, services: Sequence[str]) -> None:
     """Offer reflection from our own descriptor pool, after putting the standard services into it."""
     for file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
         POOL.AddSerializedFile(file.serialized_pb)
@@ -68,7 +75,7 @@ class _Collected:
         self.handlers.update(handlers)
 
 
-def _add(server: grpc.aio.Server, metrics: Metrics, service: str, add: Callable[..., None], servicer: object) -> None:
+def _add(server: HandlerTaker, metrics: Metrics, service: str, add: Callable[..., None], servicer: object) -> None:
     collected = _Collected()
     add(servicer, collected)
     guarded = {name: _guarded(service, name, handler, metrics) for name, handler in collected.handlers.items()}

@@ -23,13 +23,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="clients killed with requests under way, at most")
     parser.add_argument("--reloads", type=int, default=10_000, help="models reloaded, at most")
     parser.add_argument("--growth", type=float, default=50, help="MB the server may grow in the second half")
+    parser.add_argument("--front-end", default="grpcio", help="what the server speaks with: grpcio or envoy")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "repository"
         known = subjects(repository)
         ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
         command = [sys.executable, "-m", "layercast.server", "serve", "--repository", str(repository), *ports]
-        command += ["--model-control", "explicit"]
+        command += ["--model-control", "explicit", "--front-end", args.front_end]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             try:
                 return _load(server, known, repository, args)

@@ -1,0 +1,89 @@
+"""gRPC inside HTTP/2: messages with a head of five bytes, a status in the trailers."""
+
+import base64
+from collections.abc import Iterable
+from typing import Final
+from urllib.parse import quote
+
+from layercast.server.errors import InvalidArgument, ResourceExhausted
+
+_HEAD: Final = 5  # a flag, 1 for compressed, and the length
+# All printable ASCII but the percent sign, as gRPC writes `grpc-message`.
+_PLAIN: Final = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+
+Pairs = Iterable[tuple[str, str | bytes]]
+
+
+def framed(message: bytes) -> bytes:
+    """Return `message` as it goes into the body."""
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+def encoded(pairs: Pairs) -> list[tuple[bytes, bytes]]:
+    """Return metadata as headers; values of names that end in `-bin` are bytes."""
+    return [
+        (name.encode(), base64.b64encode(value).rstrip(b"=") if isinstance(value, bytes) else value.encode())
+        for name, value in pairs
+    ]
+
+
+def status_headers(code: int, message: str, trailers: Pairs) -> list[tuple[bytes, bytes]]:
+    """Return the trailers that end a call."""
+    headers = [(b"grpc-status", str(code).encode())]
+    if message:
+        headers.append((b"grpc-message", quote(message, safe=_PLAIN).encode()))
+    return headers + encoded(trailers)
+
+
+class Frames:
+    """Cuts a body, which comes in pieces, into messages of at most `limit` bytes.
+
+    Who feeds it only when `next` had nothing holds one message and one piece at most.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._data: bytes | bytearray = b""
+        self._at = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether everything that was fed has come out."""
+        return self._at == len(self._data)
+
+    def feed(self, piece: bytes) -> None:
+        """Take what came."""
+        if self.empty:
+            self._data, self._at = piece, 0
+            return
+        if isinstance(self._data, bytes):
+            self._data = bytearray(self._data)
+        del self._data[: self._at]
+        self._at = 0
+        self._data += piece
+
+    def next(self) -> tuple[bool, bytes] | None:
+        """Return whether the next message is compressed, and its bytes; None while it isn't complete.
+
+        Raises ResourceExhausted as soon as its head says that it is too large, and InvalidArgument for no such head.
+        """
+        data, start = self._data, self._at + _HEAD
+        if len(data) < start:
+            return None
+        flag, size = data[self._at], int.from_bytes(data[self._at + 1 : start], "big")
+        if flag > 1:
+            raise InvalidArgument(f"a message begins with {flag}; gRPC has 0 there, or 1 when it is compressed")
+        if size > self._limit:
+            raise too_large(f"{size:,} bytes", self._limit)
+        if len(data) < start + size:
+            return None
+        self._at = start + size
+        return bool(flag), bytes(data[start : self._at])
+
+
+def too_large(size: str, limit: int) -> ResourceExhausted:
+    """Return the error for a message of more than `limit` bytes."""
+    return ResourceExhausted(
+        f"the message has {size}, the limit is {limit:,}; "
+        "send fewer rows at a time, or raise the server's --max-message-mb"
+    )
