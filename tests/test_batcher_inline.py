@@ -9,7 +9,7 @@ import pytest
 from batching import ask, asking, batching, negate, picky, work
 
 from layercast.server.batching import forwards
-from layercast.server.work import Rows, Tap, Work
+from layercast.server.work import Rows, Tap, Terms, Work
 
 
 class Where:
@@ -99,3 +99,30 @@ async def test_a_batcher_that_runs_on_the_loop_drains_and_closes():
         assert await batcher.drain(5)
         assert await asyncio.gather(*asked) == [[0], [-1], [-2]]
         assert recorder.waiting == 0
+
+
+async def asked_by(batcher, *peers: str) -> None:
+    """Let each peer ask for one row in the same pass of the loop, and wait for all."""
+    works = [work(batcher, 1) for _ in peers]
+    submitted = [batcher.submit([one], Terms(peer=peer)) for one, peer in zip(works, peers, strict=True)]
+    await asyncio.gather(*submitted)
+
+
+async def test_several_callers_whose_requests_come_one_by_one_are_run_in_the_thread():
+    engine = Where()
+    async with batching(engine, inline_rows=8) as (batcher, _):
+        for peer in ("a", "b", "a", "b"):
+            await asked_by(batcher, peer)
+        assert engine.ran == [(True, 1)] + [(False, 1)] * 3
+        for _ in range(17):
+            await asked_by(batcher, "a")
+        assert engine.ran[-1] == (True, 1)
+
+
+async def test_several_callers_whose_requests_come_together_are_run_on_the_loop():
+    engine = Where()
+    async with batching(engine, inline_rows=8) as (batcher, _):
+        for _ in range(16):
+            await asked_by(batcher, "a", "b", "c")
+        assert engine.ran[1] == (False, 3)
+        assert engine.ran[-1] == (True, 3)

@@ -45,7 +45,7 @@ def test_metadata_and_configuration_of_a_model(served, path):
     config = call(served, "GET", f"{path}/config").json
     assert (config["max_batch_size"], config["input"][0]["data_type"]) == (16, "TYPE_INT64")
     # 64-bit numbers are numbers, not strings as protobuf's own JSON writes them.
-    assert config["dynamic_batching"]["max_queue_delay_microseconds"] == 1000
+    assert config["dynamic_batching"]["max_queue_delay_microseconds"] == 0
     assert config["input"][0]["dims"] == [-1]
 
 

@@ -171,7 +171,7 @@ class Batcher:
                 raise _too_late()
             expires, slack = time.perf_counter_ns() + int(left * 1e9), slack_of(left)
         self._admission.admit(works, terms, expires)
-        self._patience.came()
+        self._patience.came(terms.peer)
         self._changed()
         return slack
 
@@ -226,6 +226,7 @@ class Batcher:
     def _look(self) -> None:
         """Let free instances run what may run now. The first row's arrival starts the clock."""
         self._forget_looks()
+        self._patience.passed()
         while self._forwards.free and not self._held:
             if self._more_may_come():
                 self._look_soon()
@@ -255,6 +256,7 @@ class Batcher:
             oldest is not None
             and not (self._hurried or self._limits.max_delay)
             and held.rows < self._limits.max_batch
+            and self._patience.here
             and self._forwards.inline(held.rows)
             and self._patience.lasts(oldest.arrived)
         )
@@ -266,7 +268,7 @@ class Batcher:
         for work in batch.works:
             work.started = now
             self._observer.waited((now - work.arrived) / 1e9)
-        return self._forwards.start(batch)
+        return self._forwards.start(batch, here=self._patience.here)
 
     def _look_after_delay(self, now: int) -> None:
         if oldest := self._queue.oldest():

@@ -74,11 +74,14 @@ class Forwards:
         """Tell whether a plain forward of so many rows, without taps and edits, would run on the event loop now."""
         return rows <= self._inline_rows and (not self._wary_until or time.perf_counter_ns() >= self._wary_until)
 
-    def start(self, batch: Batch) -> bool:
-        """Run `batch` on a free instance; tell whether it has ended, which is so when it ran on the event loop."""
+    def start(self, batch: Batch, here: bool) -> bool:
+        """Run `batch` on a free instance; tell whether it has ended, which is so when it ran on the event loop.
+
+        It does so only if `here`, and only a batch of plain predictions that is short.
+        """
         instance, works = self._free.pop(), batch.works
         self.running.update(works)
-        if not self.inline(batch.rows) or any(work.taps or work.edits for work in works):
+        if not here or not self.inline(batch.rows) or any(work.taps or work.edits for work in works):
             instance.start(works, partial(self._ran, instance, batch))
             return False
         ran, error = instance.run_here(works)
