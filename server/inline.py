@@ -1,34 +1,45 @@
 """Which batches of a model are over sooner than they could be handed to a thread and back."""
 
 import time
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from layercast.models.manifest import Manifest
+from layercast.models.manifest import Manifest, Program
+from layercast.models.onnx_shapes import steady
 from layercast.server.engines.base import Engine, Inputs
 
 _LIMIT: Final = 0.00025
 """Seconds. A hand-over takes 0.1 ms of a processor and more; nothing else is answered while a forward runs inline."""
 _RUNS: Final = 9
-# Their time follows from the shapes. The code of a module or of TorchScript may do, and wait for, anything.
-_STEADY: Final = ("onnx", "onnx-int8")
+# The code of a module or of TorchScript may do, and wait for, anything; what these do can be seen.
+_SEEN: Final[tuple[Program, ...]] = ("onnx", "onnx-int8")
+_MOST_BYTES: Final = 32 << 20
+"""Larger programs are not looked into: Python's lock is kept meanwhile, and what is that large takes longer."""
 
 
-def inline_rows(engine: Engine, manifest: Manifest, one_row: Inputs, most: int) -> int:
+def inline_rows(engine: Engine, directory: Path, manifest: Manifest, one_row: Inputs, most: int) -> int:
     """Return how many rows, `most` at most, `engine` runs in so short a time that the event loop may wait for it.
 
     Measured with copies of `one_row`, sizes doubling. 0 for a model whose time depends on more than the rows: on the
-    length of its inputs, or on what its code does.
+    length of its inputs, on their values, or on what its code does. ManifestError for a program that changed.
     """
-    if engine.name not in _STEADY or engine.device != "cpu":
+    name = next((name for name in _SEEN if name == engine.name), None)
+    if name is None or engine.device != "cpu":
         return 0
-    if any(spec.dynamic_dimensions() for spec in manifest.inputs):
+    if any(spec.dynamic_dimensions() or spec.datatype == "BYTES" for spec in manifest.inputs):
         return 0
     found, rows = 0, 1
     while rows <= most and _seconds(engine, one_row, rows) <= _LIMIT:
         found, rows = rows, rows * 2
-    return found
+    return found if found and _steady(directory, manifest, manifest.programs[name]) else 0
+
+
+def _steady(directory: Path, manifest: Manifest, program: str) -> bool:
+    if manifest.files[program].bytes > _MOST_BYTES:
+        return False
+    return steady(manifest.read_verified(directory, program))
 
 
 def _seconds(engine: Engine, one_row: Inputs, rows: int) -> float:

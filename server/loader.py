@@ -66,12 +66,13 @@ def load(
             Engines.load(replace(source, device=device), choice.used, recorded, choice.buckets)
             for device in devices[1:]
         ]
-        # A part of the program would give layers in float32.
-        reads = "eager" if settings.precision == "bf16" else settings.engine
-        program = tapping.program(directory, manifest, devices[0], own, reads)
+    # A part of the program would give layers in float32.
+    reads = "eager" if settings.precision == "bf16" else settings.engine
+    manifest = restricted(manifest, settings)  # first: nothing is compiled for layers that nobody may ask for
+    program = tapping.program(directory, manifest, devices[0], own, reads)
     every = (first, *others)
-    readers = [tapping.chosen(engines.eager, program, recorded) for engines in every]
-    manifest, note = _shown(source, first.eager, readers[0], recorded, settings)
+    readers = [tapping.chosen(engines.eager, program, recorded, len(every)) for engines in every]
+    manifest, note = _shown(source, manifest, first.eager, readers[0], recorded)
     for engines in every:
         for engine in engines.fast.values():
             _warm_up(engine, golden_rows(recorded, settings.max_batch), settings.max_batch)
@@ -81,23 +82,24 @@ def load(
     )
     one_row = golden_rows(recorded, 1)
     warmup_ms = _time(runners[0].fast, one_row)
-    inline = inline_rows(runners[0].fast, manifest, one_row, settings.max_batch)
+    with _told(directory):
+        inline = inline_rows(runners[0].fast, directory, manifest, one_row, settings.max_batch)
     memory.release()  # of what was read, and of engines that run nothing
     seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
     return Loaded(manifest, settings, runners, own, seconds, warmup_ms, note, str(choice), inline, cards)
 
 
 def _shown(
-    source: Source, eager: EagerEngine | None, reader: Tapping | None, recorded: Golden, settings: ModelSettings
+    source: Source, manifest: Manifest, eager: EagerEngine | None, reader: Tapping | None, recorded: Golden
 ) -> tuple[Manifest, str]:
-    """Return the manifest with just the layers available that may be asked for, and a note on those that are not."""
-    manifest, note = source.manifest, ""
-    if source.untrusted:
+    """Return `manifest` with just the layers available that can be read, and a note on those that can't."""
+    note = ""
+    if source.untrusted and any(layer.available for layer in manifest.layers):
         manifest, note = tapping.without_module(manifest, reader, source.untrusted)
         logger.warning("%s: %s", manifest.name, note)
     if eager:
         manifest = without_silent(manifest, eager, recorded.inputs)
-    return restricted(manifest, settings), note
+    return manifest, note
 
 
 @contextmanager

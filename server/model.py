@@ -14,6 +14,7 @@ from layercast.models.manifest import WEIGHTS_FILE, Manifest
 from layercast.server.batching.batcher import Batcher
 from layercast.server.batching.policy import Limits
 from layercast.server.engines.eager import EagerEngine
+from layercast.server.engines.tapped import TappedEngine
 from layercast.server.errors import InvalidArgument
 from layercast.server.monitor import ModelMonitor
 from layercast.server.runner import Runner
@@ -94,6 +95,8 @@ class ServedModel:
         monitor.watch_hooks(partial(_hooks, [weakref.ref(engine) for engine in engines]))
         for runner in loaded.runners:
             runner.on_tapped = partial(_told, loop, monitor.read_by)
+            if isinstance(runner.taps, TappedEngine):
+                runner.taps.on_stopped = partial(_told, loop, monitor.stopped_early)
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)

@@ -25,7 +25,7 @@ _MOST_BYTES: Final = 128 << 20
 def program(
     directory: Path, manifest: Manifest, device: torch.device, threads: int, asked: EngineName
 ) -> OnnxProgram | None:
-    """Return the program to read layers from; None where it has no values, or layers are the module's business.
+    """Return the program to read layers from; None where no available layer has a value in it, or hooks read them all.
 
     They are on a GPU, where reducers run before values leave it, and where the engine was `asked` for as `eager`.
     """
@@ -34,12 +34,12 @@ def program(
     return OnnxProgram(directory, manifest, threads)
 
 
-def chosen(eager: EagerEngine | None, program: OnnxProgram | None, recorded: Golden) -> Tapping | None:
-    """Return what reads layers by `eager` and `program`; None where neither can."""
+def chosen(eager: EagerEngine | None, program: OnnxProgram | None, recorded: Golden, instances: int) -> Tapping | None:
+    """Return what reads the available layers of one of `instances` by `eager` and `program`; None if neither can."""
     if program is None:
         return eager
     plain = eager or _whole(program, recorded)
-    return TappedEngine(plain, program) if plain and program.bytes <= _MOST_BYTES else plain
+    return TappedEngine(plain, program, instances) if plain and program.bytes <= _MOST_BYTES else plain
 
 
 def without_module(manifest: Manifest, taps: Tapping | None, reason: str) -> tuple[Manifest, str]:

@@ -25,9 +25,10 @@ from layercast.models.hooks import FeatureExtractor
 from layercast.models.manifest import Manifest
 from layercast.models.onnx_cut import CutError, cut, values_of
 from layercast.models.onnx_runtime import onnxruntime
-from layercast.server.engines import tapped
+from layercast.server.engines import parts, tapped, trial
 from layercast.server.engines.eager import EagerEngine
-from layercast.server.engines.tapped import MOST_PARTS, TappedEngine
+from layercast.server.engines.parts import MOST_PARTS
+from layercast.server.engines.tapped import TappedEngine
 from layercast.server.engines.taps import OnnxProgram
 from layercast.server.errors import InvalidArgument
 from layercast.server.loader import load
@@ -255,7 +256,7 @@ def test_the_way_that_is_measured_faster_is_taken(directories, seconds, fastest)
 
 
 def test_a_slow_start_is_not_the_last_word(directories, monkeypatch):
-    monkeypatch.setattr(tapped, "_AGAIN", 4)
+    monkeypatch.setattr(trial, "_AGAIN", 4)
     inputs, taps = inputs_of(Manifest.read(directories["mnist"]), 8), [Tap("net.0")]
     plain = Timed(hooks(directories["mnist"]), 0.0)
     engine = TappedEngine(plain, program(directories["mnist"]))
@@ -274,7 +275,8 @@ def test_a_layer_without_a_value_is_read_by_hooks(directories):
     assert features[Tap("blocks.0.attn.weights")].shape == (2, 2, 9, 9)
 
 
-def test_parts_are_kept_for_the_last_sets_of_layers_in_bounded_memory(directories, monkeypatch):
+def test_parts_are_kept_for_a_few_sets_of_layers_in_bounded_memory(directories, monkeypatch):
+    monkeypatch.setattr(parts, "_PAUSE", 0)
     whole = program(directories["mnist"])
     inputs, plain = inputs_of(whole.manifest, 1), Timed(hooks(directories["mnist"]), 0.0)
     engine = TappedEngine(plain, whole)
@@ -286,6 +288,90 @@ def test_parts_are_kept_for_the_last_sets_of_layers_in_bounded_memory(directorie
     for path in ("net.0", "net.1", "net.2"):  # each takes more than half of what the whole program takes
         ask(tight, inputs, [Tap(path)], times=3)
     assert tight.parts == 1
+    monkeypatch.setattr(tapped, "_LEAST_BYTES", 4 * whole.bytes)
+    for instances, wanted in ((1, 3), (4, 1)):
+        shared = TappedEngine(plain, whole, instances)
+        for path in ("net.0", "net.1", "net.2"):
+            ask(shared, inputs, [Tap(path)], times=3)
+        assert shared.parts == wanted, "instances share the memory"
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[frozenset[str]]:
+    """The sets of layers that parts were compiled for, in turn; compiling is over before the next batch."""
+    monkeypatch.setattr(parts, "_PAUSE", 0)
+    sets: list[frozenset[str]] = []
+    part = OnnxProgram.part
+
+    def noted(self: OnnxProgram, layers, predict: bool):
+        sets.append(frozenset(layers))
+        return part(self, layers, predict)
+
+    monkeypatch.setattr(OnnxProgram, "part", noted)
+    return sets
+
+
+def test_callers_who_take_turns_over_more_sets_than_parts_compile_nothing_new(directories, compiled):
+    whole = program(directories["mnist"])
+    inputs, plain = inputs_of(whole.manifest, 1), Timed(hooks(directories["mnist"]), 0.0)
+    for sets in (MOST_PARTS + 1, len(whole.layers)):
+        compiled.clear()
+        engine = TappedEngine(plain, whole)
+        for _ in range(3000 // sets):  # several times until counts are halved
+            for path in list(whole.layers)[:sets]:
+                ask(engine, inputs, [Tap(path)], times=3)
+        assert sets > MOST_PARTS == engine.parts == len(compiled)
+
+
+def test_a_set_that_is_asked_for_more_often_takes_the_place_of_one_that_is_not(directories, compiled):
+    whole = program(directories["mnist"])
+    inputs, plain = inputs_of(whole.manifest, 1), Timed(hooks(directories["mnist"]), 0.0)
+    engine = TappedEngine(plain, whole)
+    *first, new = [[Tap(path)] for path in whole.layers][: MOST_PARTS + 1]
+    for taps in first:
+        ask(engine, inputs, taps, times=200)
+    ask(engine, inputs, new, times=10)
+    assert len(compiled) == MOST_PARTS
+    ask(engine, inputs, new, times=1000)
+    assert compiled[MOST_PARTS:] == [{new[0].layer}]
+    assert engine.parts == MOST_PARTS
+
+
+def test_compiling_leaves_time_for_the_rest(directories, monkeypatch):
+    clock = [10**9]
+    monkeypatch.setattr(parts.time, "perf_counter_ns", lambda: clock[0])
+    whole = program(directories["mnist"])
+    part = OnnxProgram.part
+
+    def slow(self: OnnxProgram, layers, predict: bool):
+        clock[0] += 2 * 10**9
+        return part(self, layers, predict)
+
+    monkeypatch.setattr(OnnxProgram, "part", slow)
+    inputs, plain = inputs_of(whole.manifest, 1), Timed(hooks(directories["mnist"]), 0.0)
+    engine = TappedEngine(plain, whole)
+    ask(engine, inputs, [Tap("net.0")])
+    ask(engine, inputs, [Tap("net.2")], times=20)
+    assert engine.parts == 1, "ten times two seconds have not passed"
+    clock[0] += 20 * 10**9
+    ask(engine, inputs, [Tap("net.2")])
+    assert engine.parts == 2
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_part_that_ends_early_tells_how_much_did_not_run(directories):
+    manifest = Manifest.read(directories["resnet"])
+    inputs, layers = inputs_of(manifest, 1), manifest.layers_by_path
+    last = max(layer.order for layer in manifest.layers)
+    engine = TappedEngine(Timed(hooks(directories["resnet"]), 0.05), program(directories["resnet"]))
+    skipped: list[float] = []
+    engine.on_stopped = skipped.append
+    taps = [Tap("layer1", "mean"), Tap("stem")]
+    for predict in (False, True):
+        ask(engine, inputs, taps, predict, times=9)
+        assert engine.name == "onnx"
+        assert set(skipped) == {1 - (layers["layer1"].order + 1) / (last + 1)}
+        assert len(skipped) < 9, "those that went both ways were answered by the hooks"
 
 
 def lying(directory: Path, tmp_path: Path, **values: str) -> Path:
@@ -314,7 +400,7 @@ def test_a_part_that_is_not_the_module_is_not_used(directories, tmp_path, caplog
     _, features = ask(engine, inputs, [Tap("layer1", "mean")])
     assert (engine.name, engine.parts) == ("eager", 0)
     close(features, hooks(directories["resnet"]).tapped(inputs, [Tap("layer1", "mean")], predict=False)[1])
-    (record,) = [record for record in caplog.records if record.name == tapped.__name__]
+    (record,) = [record for record in caplog.records if record.name == parts.__name__]
     assert record.message.startswith("resnet: layers are read by eager: ")
 
 
@@ -366,6 +452,23 @@ def test_layers_of_a_module_that_is_not_built_come_from_the_program(directories,
         layers = {layer.path: layer for layer in server.server.repository.find("transformer", "").manifest.layers}
         assert "--trust elsewhere:Net" in layers["blocks.0.attn.weights"].reason
         assert layers["blocks.0"].available
+
+
+@pytest.mark.parametrize(
+    ("settings", "cut_for"),
+    [
+        ({"features": "false"}, []),
+        ({"feature_layers": ("layer1.0",)}, [{"layer1.0"}]),
+        ({"feature_layers": ("layer1.0.conv1",)}, []),  # which has no value in the program
+    ],
+)
+def test_nothing_is_compiled_for_layers_that_the_settings_keep_back(directories, tmp_path, compiled, settings, cut_for):
+    loaded = load(untrusted(directories["resnet"], tmp_path), ModelSettings(**settings), 1)
+    assert compiled == cut_for
+    assert [layer.path for layer in loaded.manifest.layers if layer.available] == [
+        path for layers in cut_for for path in layers
+    ]
+    assert (loaded.runner.taps is None) == (not cut_for)
 
 
 def test_a_manifest_that_names_values_of_other_shapes_gets_no_layers(directories, tmp_path):

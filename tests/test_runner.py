@@ -5,12 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from numeric import Model, asked, identity, numeric
 from test_server_inference import values_of
+from torch import nn
 
 from layercast.models.manifest import FileEntry, Manifest, TensorSpec
 from layercast.server import runner as runners
 from layercast.server.engines.base import Inputs, Outputs
+from layercast.server.engines.eager import EagerEngine
+from layercast.server.engines.place import at
+from layercast.server.engines.programs import ProgramEngine
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
 from layercast.server.work import Tap, Work
@@ -37,14 +42,28 @@ class Function:
         return self.run(inputs) if predict else {}, {tap: self.function(inputs["x"]) for tap in taps}
 
 
-def runner(engine: Function, pad: int | None = None, datatype: str = "FP32") -> Runner:
-    manifest = Manifest(
+def manifest_of(pad: int | None = None, datatype: str = "FP32") -> Manifest:
+    return Manifest(
         name="m", version=1, architecture="numpy",
         inputs=(TensorSpec(name="x", datatype=datatype, shape=(-1, -1), pad=pad),),
         outputs=(TensorSpec(name="y", datatype=datatype, shape=(-1, -1)),),
         files={"weights.safetensors": ENTRY, "golden.safetensors": ENTRY},
     )  # fmt: skip
-    return Runner(manifest, engine, engine, engine)  # type: ignore[arg-type]
+
+
+def runner(engine: Function, pad: int | None = None, datatype: str = "FP32") -> Runner:
+    return Runner(manifest_of(pad, datatype), engine, engine, engine)  # type: ignore[arg-type]
+
+
+class WritesItsInput(nn.Module):
+    """A first layer that works in place, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(x.sub_(1))
 
 
 def work(array: np.ndarray, taps: tuple[Tap, ...] = ()) -> Work:
@@ -109,6 +128,19 @@ def test_strings_are_joined(memory):
     given = [np.array([[b"one"]], object), np.array([[b"two"], [b"three"]], object)]
     answers = run([work(x) for x in given])
     assert [own.outputs["y"].tolist() for own in answers] == [x.tolist() for x in given]
+
+
+@pytest.mark.parametrize("datatype", ["FP32", "BF16"])
+@pytest.mark.parametrize("engine", ["eager", "torchscript"])
+def test_a_module_that_writes_into_its_input_changes_no_array(engine, datatype):
+    manifest, module, cpu = manifest_of(datatype=datatype), WritesItsInput().eval(), torch.device("cpu")
+    runs = EagerEngine(module, manifest, cpu)
+    if engine == "torchscript":
+        runs = ProgramEngine(engine, module, manifest, at(cpu, manifest.inputs))
+    joined = np.arange(8, dtype="f4").reshape(2, 4)
+    for _ in range(2):
+        np.testing.assert_array_equal(runs.run({"x": joined})["y"], np.maximum(joined - 1, 0))
+    np.testing.assert_array_equal(joined, np.arange(8, dtype="f4").reshape(2, 4))
 
 
 def test_a_served_identity_never_shows_a_secret_of_another_request(memory):

@@ -7,6 +7,7 @@ models have answered by then.
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
@@ -26,7 +27,11 @@ Fail = Callable[[Sequence[Work], Exception], None]
 _SURPRISE_NS: Final = 1_000_000
 """What no forward on the loop should take."""
 _MOST_SURPRISES: Final = 3
-"""As many of them in a row send the model's forwards to its threads."""
+"""As many of them send the model's forwards to its threads,"""
+_AMONG: Final = 32
+"""among the last so many on the loop,"""
+_STALL_NS: Final = 20_000_000
+"""or a single one of this length."""
 _WARY_NS: Final = 1_000_000_000
 """How long they stay there."""
 
@@ -54,7 +59,8 @@ class Forwards:
         self._answer = answer
         self._fail = fail
         self._freed = freed
-        self._surprises = self._wary_until = 0
+        self._inline_runs = self._wary_until = 0
+        self._surprises: deque[int] = deque(maxlen=_MOST_SURPRISES)
         self._alone: set[asyncio.Task[None]] = set()
         self._closed = False
         self._instances = [Instance(f"layercast-{name}-{at}", run, prepare) for at, run in enumerate(runs)]
@@ -84,16 +90,22 @@ class Forwards:
         if not here or not self.inline(batch.rows) or any(work.taps or work.edits for work in works):
             instance.start(works, partial(self._ran, instance, batch))
             return False
+        began = time.perf_counter_ns()
         ran, error = instance.run_here(works)
-        self._judge(ran)
+        self._judge(time.perf_counter_ns() - began)
         return self._ended(instance, batch, ran, error)
 
-    def _judge(self, ran: Ran | None) -> None:
+    def _judge(self, took_ns: int) -> None:
         """Leave the loop to others for a while when forwards on it take longer than was measured at the load."""
-        # One alone says nothing of the model: on a busy machine the thread may have been put aside for that long.
-        self._surprises = self._surprises + 1 if ran and ran.compute_ns > _SURPRISE_NS else 0
-        if self._surprises == _MOST_SURPRISES:
-            self._surprises, self._wary_until = 0, time.perf_counter_ns() + _WARY_NS
+        self._inline_runs += 1
+        if took_ns <= _SURPRISE_NS:
+            return
+        # A short one alone says nothing of the model: on a busy machine the thread may have been put aside meanwhile.
+        self._surprises.append(self._inline_runs)
+        often = len(self._surprises) == _MOST_SURPRISES and self._inline_runs - self._surprises[0] < _AMONG
+        if often or took_ns > _STALL_NS:
+            self._surprises.clear()
+            self._wary_until = time.perf_counter_ns() + _WARY_NS
 
     def cancel(self) -> None:
         """Tell nobody any more how forwards end."""

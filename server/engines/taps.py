@@ -48,16 +48,27 @@ class OnnxProgram:
         content = self.manifest.read_verified(self.directory, name)
         values = {path: self.manifest.onnx_values[path] for path in layers}
         outputs = [spec.name for spec in self.manifest.outputs] if predict else []
-        return OnnxTaps(cut(content, list(dict.fromkeys([*outputs, *values.values()]))), self, values)
+        skipped = 0.0 if predict else self._skipped(layers)
+        return OnnxTaps(cut(content, list(dict.fromkeys([*outputs, *values.values()]))), self, values, skipped)
+
+    def _skipped(self, layers: Collection[str]) -> float:
+        """Return the share of the model's layers that come after the deepest of `layers`."""
+        known = self.manifest.layers_by_path
+        last = max(layer.order for layer in known.values())
+        return 1 - (max(known[path].order for path in layers) + 1) / (last + 1)
 
 
 class OnnxTaps:
-    """A part of the program that gives the layers whose `values` it was cut for."""
+    """A part of the program that gives the layers whose `values` it was cut for.
+
+    `skipped` is the share of the model's layers that it leaves out, since they come after the deepest of these.
+    """
 
     name = "onnx"
 
-    def __init__(self, content: bytes, program: OnnxProgram, values: Mapping[str, str]) -> None:
+    def __init__(self, content: bytes, program: OnnxProgram, values: Mapping[str, str], skipped: float) -> None:
         manifest = program.manifest
+        self.skipped = skipped
         self.bytes = len(content)
         self._manifest = manifest
         self._values = values
