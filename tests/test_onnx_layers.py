@@ -366,7 +366,7 @@ def test_a_part_that_ends_early_tells_how_much_did_not_run(directories):
     engine = TappedEngine(Timed(hooks(directories["resnet"]), 0.05), program(directories["resnet"]))
     skipped: list[float] = []
     engine.on_stopped = skipped.append
-    taps = [Tap("layer1", "mean"), Tap("stem")]
+    taps = [Tap("layer1", "mean"), Tap("layer1.0")]
     for predict in (False, True):
         ask(engine, inputs, taps, predict, times=9)
         assert engine.name == "onnx"
