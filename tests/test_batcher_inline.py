@@ -4,6 +4,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from batching import ask, asking, batching, negate, picky, work
@@ -92,39 +94,44 @@ async def test_a_model_that_is_slower_than_at_its_load_leaves_the_loop_for_a_whi
         assert engine.ran[-1] == (True, 1)
 
 
-async def inline_of(durations: Sequence[float]) -> list[bool]:
-    """Run forwards of these durations, in seconds, one after the other; tell which of them ran on the loop."""
-    engine = Where()
-    async with batching(engine, inline_rows=8) as (batcher, _):
-        for value, engine.seconds in enumerate(durations):
-            await ask(batcher, value)
-    return [here for here, _ in engine.ran]
+@pytest.fixture
+def clock(monkeypatch) -> list[int]:
+    """The time by which forwards are judged, in nanoseconds: the tests' own."""
+    now = [10**9]
+    monkeypatch.setattr(forwards, "time", SimpleNamespace(perf_counter_ns=lambda: now[0]))
+    return now
 
 
-async def test_a_model_that_is_slow_now_and_then_leaves_the_loop_as_well():
-    assert await inline_of([0.002, 0, 0.002, 0, 0, 0.002, 0]) == [True] * 6 + [False]
-
-
-async def test_slow_forwards_that_are_far_apart_are_the_machines():
-    assert all(await inline_of([0.002, *[0] * 15, 0.002, *[0] * 15, 0.002, 0]))
-
-
-async def test_one_forward_that_keeps_the_loop_for_long_is_enough():
-    assert await inline_of([0, 0.025, 0]) == [True, True, False]
-
-
-async def test_a_forward_that_fails_after_a_while_counts_as_well():
-    def fails(works: Sequence[Work]) -> list[Rows]:
-        ran.append(threading.current_thread() is threading.main_thread())
-        time.sleep(0.025)
-        raise ValueError("no")
-
+async def inline_of(clock: list[int], milliseconds: Sequence[int], fails: bool = False) -> list[bool]:
+    """Run forwards that take so long, one after the other; tell which of them ran on the loop."""
     ran: list[bool] = []
-    async with batching(fails, inline_rows=8) as (batcher, _):
-        for value in range(2):
-            with pytest.raises(ValueError, match="no"):
-                await ask(batcher, value)
-    assert ran == [True, False]
+
+    def engine(works: Sequence[Work]) -> list[Rows]:
+        clock[0] += milliseconds[len(ran)] * 1_000_000
+        ran.append(threading.current_thread() is threading.main_thread())
+        return picky(works)
+
+    async with batching(engine, inline_rows=8) as (batcher, _):
+        for _ in milliseconds:
+            with pytest.raises(ValueError, match="negative") if fails else nullcontext():
+                await ask(batcher, -1 if fails else 1)
+    return ran
+
+
+async def test_a_model_that_is_slow_now_and_then_leaves_the_loop_as_well(clock):
+    assert await inline_of(clock, [2, 0, 2, 0, 0, 2, 0]) == [True] * 6 + [False]
+
+
+async def test_slow_forwards_that_are_far_apart_are_the_machines(clock):
+    assert all(await inline_of(clock, [2, *[0] * 15, 2, *[0] * 15, 2, 0]))
+
+
+async def test_one_forward_that_keeps_the_loop_for_long_is_enough(clock):
+    assert await inline_of(clock, [0, 21, 0]) == [True, True, False]
+
+
+async def test_a_forward_that_fails_after_a_while_counts_as_well(clock):
+    assert await inline_of(clock, [21, 0], fails=True) == [True, False]
 
 
 async def test_a_batcher_that_runs_on_the_loop_drains_and_closes():

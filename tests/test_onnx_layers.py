@@ -5,6 +5,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -339,7 +340,7 @@ def test_a_set_that_is_asked_for_more_often_takes_the_place_of_one_that_is_not(d
 
 def test_compiling_leaves_time_for_the_rest(directories, monkeypatch):
     clock = [10**9]
-    monkeypatch.setattr(parts.time, "perf_counter_ns", lambda: clock[0])
+    monkeypatch.setattr(parts, "time", SimpleNamespace(perf_counter_ns=lambda: clock[0]))
     whole = program(directories["mnist"])
     part = OnnxProgram.part
 
@@ -422,10 +423,15 @@ def test_a_server_counts_what_read_the_layers_of_a_batch(served, modules):
         of = served.server.metrics.feature_batches
         return sum(of.labels("mnist", "1", engine).value for engine in ("eager", "onnx"))
 
-    before, x = count(), rows_for("mnist", 4)
-    for _ in range(10):
+    def early() -> float:
+        samples = served.server.metrics.early_exits.labels("mnist", "1").samples()
+        return next(sample.value for sample in samples if sample.name.endswith("_count"))
+
+    before, stopped, x = count(), early(), rows_for("mnist", 4)
+    for _ in range(20):
         got = arrays(extract(served, "mnist", x, ["net.0", "net.2@norm"]).layers)
-    assert count() == before + 10
+    assert count() == before + 20
+    assert early() == stopped + 20, "whichever way they are read"
     with torch.inference_mode():
         inside = modules["mnist"].net[0](torch.from_numpy(x).flatten(1)).numpy()
     np.testing.assert_allclose(got["net.0"], inside, atol=1e-4)
