@@ -28,6 +28,8 @@ StreamAnswer = Callable[[AsyncIterator[tuple[Any, int]], Call], AsyncGenerator[M
 
 # A message of fewer bytes parses within a few milliseconds, whatever is in it.
 _LARGE: Final = 256 << 10
+# A status goes at once, or after an answer that the caller doesn't read.
+_STATUS_SECONDS: Final = 1.0
 # Sent by a client that wants the first error inside a stream as the status of the stream.
 _FAILS_WHOLE: Final = ("triton_grpc_error", "true")
 
@@ -76,7 +78,12 @@ class Counted:
             failed = reply(error, self.path)
             # Counted first: who has seen the status finds it in the metrics.
             self._ended(failed.code, start)
-            return await context.abort(failed.code, failed.message, failed.trailers)  # raises
+            try:
+                async with asyncio.timeout(_STATUS_SECONDS):
+                    return await context.abort(failed.code, failed.message, failed.trailers)  # raises
+            except TimeoutError:
+                # Who reads nothing takes no status either. grpc has it and sends it when it can; the request goes now.
+                raise asyncio.CancelledError from None
         self._ended(grpc.StatusCode.OK, start)
         return result
 
