@@ -1,7 +1,9 @@
 """What open streams of layers may hold, for how long, how their ends are counted, and what a shutdown leaves them."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from contextlib import aclosing, contextmanager
 
 import grpc
@@ -15,6 +17,7 @@ from test_server_inference import rows_for, wait_until
 from layercast.proto.messages import ExtractStreamRequest, ExtractStreamResponse
 from layercast.server import streams
 from layercast.server.errors import Unavailable
+from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
 from layercast.server.service.feature_stream import FeatureStreamService
 from layercast.server.transport import calls
@@ -143,6 +146,33 @@ def test_a_stream_that_nobody_reads_does_not_keep_the_model_or_the_server(root, 
         assert (old.streams.bytes, old.monitor.inflight.value, old.batcher.queued_rows) == (0, 0, 0)
 
 
+async def test_a_call_that_fails_keeps_nothing_until_a_garbage_collection():
+    """grpc keeps the error that ends a call in a circle with the call."""
+
+    class Large:
+        pass
+
+    class Context:
+        async def abort(self, *_):
+            self.error = grpc.aio.AbortError()
+            raise self.error
+
+    async def body(large: Large) -> None:
+        raise Unavailable("full")
+
+    large = Large()
+    held, running = weakref.ref(large), body(large)
+    del large
+    gc.disable()
+    try:
+        with pytest.raises(grpc.aio.AbortError):
+            await calls.Counted("s", "n", Metrics()).run(running, Context())
+        del running
+        assert held() is None
+    finally:
+        gc.enable()
+
+
 def test_a_reader_who_comes_back_too_late_is_told(root, monkeypatch):
     """As one drives the generator who does not close it."""
     monkeypatch.setattr(streams, "TAKEN_SECONDS", 0.01)
@@ -219,7 +249,7 @@ def test_a_stream_that_finds_the_queue_full_counts_once(root):
 def test_a_part_that_waits_behind_one_that_failed_is_not_counted_as_cancelled(root, monkeypatch):
     with held(root) as (server, model):
 
-        def fail(*_):
+        def fail(*_, **named):
             model.batcher.hold()  # the next part still waits when the error arrives
             raise RuntimeError("this text is for the log only")
 

@@ -76,16 +76,18 @@ class Counted:
             raise
         except Exception as error:
             failed = reply(error, self.path)
-            # Counted first: who has seen the status finds it in the metrics.
-            self._ended(failed.code, start)
-            try:
-                async with asyncio.timeout(_STATUS_SECONDS):
-                    return await context.abort(failed.code, failed.message, failed.trailers)  # raises
-            except TimeoutError:
-                # Who reads nothing takes no status either. grpc has it and sends it when it can; the request goes now.
-                raise asyncio.CancelledError from None
-        self._ended(grpc.StatusCode.OK, start)
-        return result
+        else:
+            self._ended(grpc.StatusCode.OK, start)
+            return result
+        # Counted first: who has seen the status finds it in the metrics. Not in the `except`: grpc's own error, which
+        # it keeps in a circle, would keep the one before, and that the request, until a garbage collection.
+        self._ended(failed.code, start)
+        try:
+            async with asyncio.timeout(_STATUS_SECONDS):
+                return await context.abort(failed.code, failed.message, failed.trailers)  # raises
+        except TimeoutError:
+            # Who reads nothing takes no status either. grpc has it and sends it when it can; the request goes now.
+            raise asyncio.CancelledError from None
 
     def _ended(self, code: grpc.StatusCode, start: float) -> None:
         self._handled[code].inc()
@@ -105,7 +107,9 @@ class UnaryRpc:
         return grpc.unary_unary_rpc_method_handler(self._handle)
 
     async def _handle(self, raw: bytes, context: Context) -> bytes:
-        return await self._counted.run(self._body(raw, context), context)
+        body = self._body(raw, context)
+        del raw  # which an error would keep
+        return await self._counted.run(body, context)
 
     async def _body(self, raw: bytes, context: Context) -> bytes:
         self._counted.received.inc()
@@ -128,7 +132,9 @@ class ServerStreamRpc:
         return grpc.unary_stream_rpc_method_handler(self._handle)
 
     async def _handle(self, raw: bytes, context: Context) -> None:
-        await self._counted.run(self._body(raw, context), context)
+        body = self._body(raw, context)
+        del raw  # which an error would keep
+        await self._counted.run(body, context)
 
     async def _body(self, raw: bytes, context: Context) -> None:
         self._counted.received.inc()
