@@ -16,9 +16,9 @@ serve: ## start the server with the models of the zoo; ARGS="--grpc-port 9001" p
 	@scripts/setup.sh serve
 	@exec .venv/bin/layercast serve $(ARGS)
 
-test: ## run every test; ARGS="-k codec" passes options on
+test: ## run every test, two at a time; ARGS="-k codec" passes options on
 	@scripts/setup.sh dev
-	$(PYTHON_BIN) -m pytest $(ARGS)
+	$(PYTHON_BIN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 soak: ## mixed load against the oracle for SOAK_SECONDS (default 600), with clients killed and memory watched
 	@scripts/setup.sh dev

@@ -44,9 +44,11 @@ class Caller:
         self.gone |= self.gone_after_status and b"grpc-status" in self.headers
         self.body += event.get("body", b"")
 
-    def leave(self) -> None:
+    def leave(self, error: Exception | None = None) -> None:
         self.gone = True
-        if self.waiting:
+        if self.waiting and error:
+            self.waiting.set_exception(error)
+        elif self.waiting:
             self.waiting.set_result({"type": "http.disconnect"})
 
     @property
@@ -170,6 +172,15 @@ async def test_a_call_ends_when_its_caller_leaves(rpcs, name):
     await running
     assert rpcs.ended == [name.lower()]
     assert b"grpc-status" not in caller.headers
+
+
+async def test_a_call_ends_when_its_body_breaks_off(rpcs):
+    caller = Caller(framed(b"a"), ends=False)
+    running = asyncio.create_task(rpcs.call(caller, "Listen"))
+    await rpcs.started.wait()
+    caller.leave(OSError("reset"))
+    await running
+    assert rpcs.ended == ["listen"]
 
 
 async def test_a_stop_refuses_new_calls_and_cuts_off_those_that_last_too_long(rpcs):

@@ -13,7 +13,7 @@ from test_server_explain import message
 from test_server_features import arrays, extract, hooked
 from test_server_inference import offline, request, rows_for, values_of
 
-from layercast.client import Client
+from layercast.client import Client, Edit, LayercastError
 from layercast.models.reducers import pools
 from layercast.proto.messages import ListLayersRequest
 from layercast.server.errors import StartError
@@ -155,6 +155,33 @@ def test_grad_cam_shows_listed_layers_only(tmp_path, repository):
         assert server.call("Explain", message("resnet", x, "gradcam", layer="layer1.1.conv2")).attributions.data
         assert LISTED in refused(server.call, "Explain", message("resnet", x, "gradcam", layer="layer2.0.conv1"))
         assert LISTED in refused(server.call, "Explain", message("resnet", x, "gradcam"))
+
+
+def test_a_rollout_shows_listed_maps_only(tmp_path, repository):
+    shutil.copytree(repository / "transformer", tmp_path / "transformer")
+    knobs = tmp_path / "transformer" / "layercast.toml"
+    tokens = rows_for("transformer", 2)
+    for listed, shown in (('["blocks.*.attn"]', False), ('["blocks.*.attn", "*.weights"]', True)):
+        knobs.write_text(f"feature_layers = {listed}\n")
+        with running(tmp_path, engine="eager", max_batch=4) as server:
+            wanted = message("transformer", tokens, "attention-rollout", layer="blocks.*.attn")
+            if shown:
+                assert server.call("Explain", wanted).attributions.data
+            else:
+                assert LISTED in refused(server.call, "Explain", wanted)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [("features = false", OFF), ('features = "pooled"', POOLED), ('feature_layers = ["net.1"]', LISTED)],
+)
+def test_what_is_kept_back_can_not_be_steered(tmp_path, repository, knobs, said):
+    shutil.copytree(repository / "mnist", tmp_path / "mnist")
+    (tmp_path / "mnist" / "layercast.toml").write_text(f"steering = true\n{knobs}\n")
+    with running(tmp_path, engine="eager", max_batch=4) as server, Client(server.url) as client:
+        with pytest.raises(LayercastError) as refusal:
+            client.steer("mnist", rows_for("mnist", 1), Edit.zero("net.0"))
+        assert said in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from onnx import ModelProto, TensorProto, helper
 
 from layercast.server.engines.base import EngineError
@@ -56,7 +55,7 @@ def test_weights_in_another_file_are_refused(secret: Path, where: str, inside: s
             "descriptor": str(opened.fileno()),
         }[where]
         with pytest.raises(EngineError, match=r"model\.onnx can't be loaded") as refused:
-            open_session(program(external(location), inside), "model.onnx", torch.device("cpu"), 1)
+            open_session(program(external(location), inside), "model.onnx", 1)
     # What the program itself names may be said, where its file was read from not.
     assert "/proc/" not in str(refused.value)
 
@@ -64,5 +63,5 @@ def test_weights_in_another_file_are_refused(secret: Path, where: str, inside: s
 @pytest.mark.parametrize("inside", ["top", "branch", "constant"])
 def test_the_same_weights_inside_are_read(inside: str) -> None:
     own = helper.make_tensor("w", TensorProto.FLOAT, [4], SECRET)
-    session = open_session(program(own, inside), "model.onnx", torch.device("cpu"), 1)
+    session = open_session(program(own, inside), "model.onnx", 1)
     np.testing.assert_array_equal(session.run(None, {"x": np.zeros(4, "f4")})[0], SECRET)

@@ -80,7 +80,7 @@ def test_members_of_a_gzip_body_are_joined(small):
     [
         ("br", b"x", 415, "content-encoding 'br' is not supported"),
         ("gzip", b"not gzip", 400, "does not inflate"),
-        ("gzip", gzip.compress(b"{}")[:-9], 400, "cut off"),
+        ("gzip", gzip.compress(b"{}", mtime=0)[:-9], 400, "cut off"),
         ("deflate", zlib.compress(b"{}") + b"x", 400, "cut off"),
     ],
 )

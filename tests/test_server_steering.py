@@ -277,7 +277,9 @@ def test_in_one_forward_the_rows_of_others_are_the_same_to_the_last_bit(steering
     """Below the batcher, which keeps them apart, works of every kind run together."""
     loaded = steering.server.repository.find("resnet", "").loaded
     engine, runner = loaded.runner.eager, loaded.runner
-    planned = engine.plan(edits.Edit("bn", edits.Zero(), channels=tuple(range(1, 33))), edits.Request(2))
+    planned = engine.plan(
+        engine.manifest.layers_by_path, edits.Edit("bn", edits.Zero(), channels=tuple(range(1, 33))), edits.Request(2)
+    )
     tap = Tap("relu")
 
     def works(own) -> list[Work]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from layercast.client.client import Client
 from layercast.client.embedding.listing import Entry, row_of
+from layercast.client.embedding.parts import form_of, other_form
 from layercast.client.errors import Cancelled, DeadlineExceeded, InputError, ResourceExhausted, Unavailable
 from layercast.client.types import ModelMetadata
 from layercast.proto.codec import AnyArray
@@ -54,13 +55,21 @@ class Asker:
             except InputError as error:
                 found.unreadable.append((entry.path, str(error)))
         if rows:
-            found.values = np.concatenate([self._ask(batch) for batch in self._batches(rows)])
+            found.values = self._joined(found.entries, [self._ask(batch) for batch in self._batches(rows)])
         return found
 
     def stop(self) -> None:
         """Let the threads end now: no further attempt, and calls in flight are cancelled."""
         self._stopped.set()
         self._client.close()
+
+    def _joined(self, entries: Sequence[Entry], answers: Sequence[AnyArray]) -> AnyArray:
+        start = 0
+        for values in answers:
+            if (form := form_of(values)) != form_of(answers[0]):
+                raise other_form(entries[start].path, form, form_of(answers[0]))
+            start += len(values)
+        return np.concatenate(answers)
 
     def _batches(self, rows: Sequence[AnyArray]) -> list[AnyArray]:
         """Rows that fit together as one array; texts are filled up to the longest."""

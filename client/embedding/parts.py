@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +38,14 @@ class Form:
 def form_of(values: AnyArray) -> Form:
     """The form of rows, [N, …]."""
     return Form(values.shape[1:], values.dtype)
+
+
+def other_form(path: str, form: Form, before: Form) -> InputError:
+    """The error for a file whose row can't lie beside those of the files before it."""
+    return InputError(
+        f"{path} gives {list(form.shape)} of {form.dtype}, the files before it {list(before.shape)} of {before.dtype}: "
+        "reduce the layer to one size, by @mean for example"
+    )
 
 
 class Parts:
@@ -88,10 +98,7 @@ class Parts:
         if self.form is None:
             self.form = form
         if form != self.form:
-            raise InputError(
-                f"{entries[0].path} gives {list(form.shape)} of {form.dtype}, the files before it "
-                f"{list(self.form.shape)} of {self.form.dtype}: reduce the layer to one size, by @mean for example"
-            )
+            raise other_form(entries[0].path, form, self.form)
         self._held += zip(entries, values, strict=True)
         self._bytes += values.nbytes
         late = time.monotonic() - self._flushed > _PART_SECONDS
@@ -139,6 +146,8 @@ class Parts:
     def _find(self) -> None:
         """Learn what is there. A part that can't be read, from a failing disk, is as good as none."""
         for path in sorted(self._folder.glob("*.npz")):
+            if not path.stem.isdecimal():
+                continue  # not ours
             part = int(path.stem)
             self._next = part + 1
             try:
@@ -146,7 +155,7 @@ class Parts:
                 columns = (arrays["paths"].tolist(), arrays["sizes"].tolist(), arrays["times"].tolist())
                 entries = [Entry(*each) for each in zip(*columns, strict=True)]
                 self.form = form_of(arrays["values"])
-            except (OSError, ValueError, KeyError, EOFError):
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
                 path.unlink()
                 continue
             self._remember(entries, part)
@@ -156,7 +165,8 @@ class Parts:
             self._index[entry.path] = (entry.size, entry.time, part, row)
 
     def _load(self, part: int) -> dict[str, AnyArray]:
-        with np.load(self._path(part), allow_pickle=False) as archive:
+        # Opened here: of a file that is no archive numpy would leave it open.
+        with self._path(part).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
 
 

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from layercast.models.explain.subject import Progress
 from layercast.models.hook_points import hook_count
 from layercast.models.hooks import FeatureExtractor, LayerError, ReducerError
 from layercast.models.layer_index import names_given
-from layercast.models.manifest import Manifest
+from layercast.models.manifest import LayerSpec, Manifest
 from layercast.models.steering import Placed, steered
 from layercast.server import memory
 from layercast.server.engines import place
@@ -148,9 +148,12 @@ class EagerEngine:
         """Return the names of the layers that give a value in one forward of `inputs`."""
         return names_given(self._module, to_tensors(inputs, self.manifest.inputs, self._place.device))
 
-    def plan(self, edit: Edit, request: Request) -> Planned:
-        """Return `edit` as it is made in this model; SteeringError for one that can't be."""
-        return plan(self._module, self.manifest.layers_by_path, edit, request)
+    def plan(self, layers: Mapping[str, LayerSpec], edit: Edit, request: Request) -> Planned:
+        """Return `edit` as it is made in this model; SteeringError for one that can't be, or that `layers` keep back.
+
+        They are the layers as they are served, which may be fewer than the engine could show.
+        """
+        return plan(self._module, layers, edit, request)
 
     def explain(
         self, inputs: Inputs, method: str, targets: int | Sequence[int] | None, progress: Progress, **arguments: Any

@@ -26,7 +26,8 @@ from layercast.server.work import Array
 _CHUNK_ROWS: Final = 32
 _ENVELOPE: Final = 64 << 10
 _LARGEST_FLOAT: Final = 8
-_OF_LAYERS: Final = ("gradcam", "attention-rollout")
+_ROLLOUT: Final = "attention-rollout"
+_OF_LAYERS: Final = ("gradcam", _ROLLOUT)
 """Methods whose answer is a map of a layer inside."""
 
 
@@ -102,7 +103,10 @@ def _check_allowed(model: ServedModel, request: ExplainRequest) -> None:
     if not layer:
         raise InvalidArgument(f"{NOT_LISTED}; name one of those in options.layer", field="options.layer")
     selected = match_layers(layer[:MAX_PATTERN_LENGTH], model.manifest.layers_by_path)
-    for spec in (model.manifest.layers_by_path[path] for path in selected):
+    layers = model.manifest.layers_by_path
+    # A rollout shows the maps of a module that has them as a layer of their own, whatever it is asked by.
+    maps = [path for at in selected if (path := f"{at}.weights") in layers] if request.method == _ROLLOUT else []
+    for spec in (layers[path] for path in (*selected, *maps)):
         if not spec.available:
             raise InvalidArgument(f"layer {spec.path!r} can't be explained: {spec.reason}", field="options.layer")
 

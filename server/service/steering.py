@@ -12,7 +12,7 @@ from layercast.proto.messages import SteerRequest, SteerResponse, Timing
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.tensors import token_mask
 from layercast.server.errors import InvalidArgument, PermissionDenied
-from layercast.server.layers import MAX_PATTERN_LENGTH, PREFIX, resolve
+from layercast.server.layers import MAX_PATTERN_LENGTH, OFF, POOLED_ONLY, PREFIX, resolve
 from layercast.server.model import ServedModel
 from layercast.server.service.answering import Answered, Answering, decoding, off_loop
 from layercast.server.service.call import Call
@@ -60,11 +60,16 @@ class SteeringService:
 
 def _engine(model: ServedModel) -> EagerEngine:
     """Return what edits run on; PermissionDenied unless the operator allows them."""
-    if not model.loaded.settings.steering:
+    settings, name = model.loaded.settings, model.manifest.name
+    if not settings.steering:
         raise PermissionDenied(
-            f"steering is off for model {model.manifest.name!r}; the operator turns it on with steering = true in the "
+            f"steering is off for model {name!r}; the operator turns it on with steering = true in the "
             "model's layercast.toml, or for every model with --steering"
         )
+    # Who clamps a value and looks at what that changes in the outputs has soon found what it was.
+    if settings.features != "true":
+        shown = OFF if settings.features == "false" else POOLED_ONLY
+        raise PermissionDenied(f"model {name!r} can't be steered, since edits tell of single values: {shown}")
     engine = model.loaded.runner.eager
     if engine is None:
         raise InvalidArgument(
@@ -85,7 +90,7 @@ def _decode(model: ServedModel, engine: EagerEngine, request: SteerRequest) -> _
     outputs = resolve_outputs(manifest, request.outputs, settings).outputs
     layers = resolve(manifest, request.layers, "layers[{}]", settings)
     wanted = Wanted(outputs, tuple(layers), (*outputs, *(asked.name for asked in layers)))
-    edits = _planned(engine, request.edits, _request(manifest, inputs, rows))
+    edits = _planned(model, engine, request.edits, _request(manifest, inputs, rows))
     most = settings.max_batch
     if rows > most and any(isinstance(edit.action, Mean) for edit in edits):
         raise InvalidArgument(
@@ -102,7 +107,9 @@ def _request(manifest: Manifest, inputs: dict[str, Array], rows: int) -> Request
     return Request(rows, token_length(manifest, inputs), tokens)
 
 
-def _planned(engine: EagerEngine, messages: Sequence[EditMessage], request: Request) -> tuple[Planned, ...]:
+def _planned(
+    model: ServedModel, engine: EagerEngine, messages: Sequence[EditMessage], request: Request
+) -> tuple[Planned, ...]:
     if not messages:
         raise InvalidArgument("no edits are given; Extract answers without any", field="edits")
     if len(messages) > MAX_EDITS:
@@ -110,7 +117,7 @@ def _planned(engine: EagerEngine, messages: Sequence[EditMessage], request: Requ
     planned = []
     for position, message in enumerate(messages):
         try:
-            planned.append(engine.plan(_edit(message), request))
+            planned.append(engine.plan(model.manifest.layers_by_path, _edit(message), request))
         except SteeringError as error:
             where = f"edits[{position}]"
             raise InvalidArgument(str(error), field=f"{where}.{error.field}" if error.field else where) from error

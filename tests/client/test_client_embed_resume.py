@@ -16,6 +16,7 @@ import pytest
 from catalogue import FILES, arguments, check
 
 from layercast.client.embedding import parts as parts_module
+from layercast.client.embedding.asking import Asker
 from layercast.client.embedding.listing import Entry
 from layercast.client.embedding.parts import Parts
 from layercast.client.errors import InputError
@@ -86,9 +87,12 @@ def test_a_killed_run_keeps_its_whole_parts(run: Run, server: Any, catalogue: Pa
     server.released.set()
     (folder / "000004.npz.partial").write_bytes(b"half")
     (folder / "000002.npz").write_bytes(b"damaged by the disk")
+    cut = folder / "000001.npz"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    (folder / "mine.npz").write_bytes(b"somebody else's")
     server.requests.clear()
     assert run(*arguments(catalogue, output))[0] == 0
-    assert rows_asked(server) == FILES - 12
+    assert rows_asked(server) == FILES - 8
     check(output, catalogue)
 
 
@@ -190,6 +194,14 @@ def test_rows_of_two_forms_are_refused(tmp_path: Path) -> None:
         assert Entry("a", 1, 2) not in parts
         with pytest.raises(InputError, match="reduce the layer to one size"):
             parts.add([Entry("b", 1, 1)], np.zeros((1, 3), "f8"))
+
+
+def test_answers_of_two_forms_to_the_files_of_one_request_are_refused(tmp_path: Path) -> None:
+    asker = Asker(None, None, "", "layer", tmp_path, 1)  # type: ignore[arg-type]
+    entries = [Entry(name, 1, 1) for name in "abc"]
+    answers = [np.zeros((2, 3), "f4"), np.zeros((1, 4), "f4")]
+    with pytest.raises(InputError, match=r"c gives \[4\] of float32, .*reduce the layer to one size"):
+        asker._joined(entries, answers)
 
 
 def test_the_memory_of_a_part_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,9 @@ class EnvoyContext:
 
     def _arrived(self, coming: "asyncio.Future[Event]") -> None:
         self._coming = None
+        if coming.cancelled() or coming.exception():
+            self.cancel(Cause.GONE)
+            return
         event = coming.result()
         if event["type"] == "http.disconnect":
             self.cancel(Cause.GONE)
