@@ -19,6 +19,7 @@ from layercast.server.errors import InvalidArgument
 from layercast.server.monitor import ModelMonitor
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
+from layercast.server.streams import OpenStreams
 from layercast.server.work import Answer, Array, Tap, Terms, Work
 
 T = TypeVar("T")
@@ -100,6 +101,7 @@ class ServedModel:
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
         self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)
+        self.streams = OpenStreams(self.manifest.name, loaded.limits.queue_bytes, monitor)
 
     def hold(self) -> None:
         """Keep the model, which a newer one may replace meanwhile, until `let_go`, which must follow."""
@@ -111,6 +113,11 @@ class ServedModel:
         self._holders -= 1
         if not self._holders:
             self._free.set()
+
+    def hurry(self) -> None:
+        """Keep nobody waiting for what may not come: more rows of a batch, or a caller who does not read a stream."""
+        self.batcher.hurry()
+        self.streams.hurry()
 
     async def released(self) -> None:
         """Return when nobody holds the model."""

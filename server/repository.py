@@ -135,8 +135,11 @@ class Repository(Index):
     async def drain(self) -> None:
         """Refuse new requests on every model and return once the admitted ones are answered."""
         self.stop()
-        draining = [model.batcher.drain() for model in self._served()]
-        await asyncio.gather(*draining, *(model.released() for model in self._served()), *self._retiring.values())
+        served = self._served()
+        for model in served:
+            model.hurry()
+        draining = [model.batcher.drain() for model in served]
+        await asyncio.gather(*draining, *(model.released() for model in served), *self._retiring.values())
 
     async def close(self) -> None:
         """Stop every model; rows still waiting fail with Unavailable. A load that runs is left to itself."""
@@ -237,7 +240,7 @@ class Repository(Index):
 
     async def _let_go(self, entry: Version, model: ServedModel) -> None:
         # A request that came to this model may still be decoded; it is answered, not refused.
-        model.batcher.hurry()
+        model.hurry()
         await model.released()
         await model.batcher.drain()
         await model.batcher.close()

@@ -39,19 +39,32 @@ class Answer(Rows):
 
 
 @dataclass(slots=True)
+class Course:
+    """What the parts of one request have in common that are queued one after the other, not all at once.
+
+    `admitted` is set once the first is queued: the others are part of what was admitted. `counted` is set once the
+    request's end is counted, or is not to be: the parts that end with it are not counted again.
+    """
+
+    admitted: bool = False
+    counted: bool = False
+
+
+@dataclass(slots=True)
 class Terms:
     """On what terms a request waits for its rows to run.
 
     `deadline` is the caller's, in seconds on the event loop's clock. `timeout` is how many seconds the request lets
     itself wait in the queue; it may shorten the model's own limit, not extend it. `priority` is 1 for the highest
     level; 0, or a level that the model does not have, is the model's default. `peer` is who asks: peers share a model
-    evenly.
+    evenly. `course` is what the parts share of a request that is queued part after part.
     """
 
     deadline: float | None = None
     timeout: float | None = None
     priority: int = 0
     peer: str = ""
+    course: Course | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +87,7 @@ class Work:
     edits: tuple[Planned, ...] = ()
     parts: "Sequence[Work]" = ()
     peer: str = ""
+    course: Course | None = None
     priority: int = 1
     expires: int | None = None
     arrived: int = 0
@@ -82,3 +96,7 @@ class Work:
     def alive(self, now: int) -> bool:
         """Tell whether somebody still waits for the answer."""
         return not self.future.done() and (self.expires is None or now < self.expires)
+
+    def answer(self, own: Rows, compute_ns: int, batch_rows: int) -> Answer:
+        """Return the answer: its `own` rows of a batch of so many."""
+        return Answer(own.outputs, own.features, self.started - self.arrived, compute_ns, batch_rows)

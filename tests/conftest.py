@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from serving import Running, running
@@ -14,6 +15,7 @@ from torch import nn
 
 from layercast.models import registry
 from layercast.models.export.writer import export_artefact
+from layercast.proto.rpc import FEATURES
 
 # A shell that starts the tests in the background makes them, and every process they start, ignore Ctrl-C, which some
 # of them send. A handler of our own is back to the default in a child.
@@ -117,6 +119,17 @@ def served(repository: Path) -> Iterator[Running]:
     """A server on that repository, shared by tests that leave it as they found it; batches hold 16 rows."""
     with running(repository, max_batch=16) as server:
         yield server
+
+
+@pytest.fixture
+def slow_reader(served: Running) -> Iterator[Any]:
+    """Streams on a connection of its own that holds next to nothing of what nobody has read."""
+    options = [("grpc.max_receive_message_length", -1), ("grpc.http2.bdp_probe", 0),
+               ("grpc.use_local_subchannel_pool", 1)]  # fmt: skip
+    method = FEATURES["ExtractStream"]
+    with grpc.insecure_channel(served.url, options) as channel:
+        stub = channel.unary_stream(method.path, method.request.SerializeToString, method.response.FromString)
+        yield lambda message, timeout=30.0: stub(message, timeout=timeout)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from batching import LONG, Held, ask, asking, batching, negate, until, work
 
 from layercast.server.batching.pace import Pace
 from layercast.server.errors import DeadlineExceeded, Unavailable
-from layercast.server.work import Rows, Terms, Work
+from layercast.server.work import Course, Rows, Terms, Work
 
 
 def soon(seconds: float) -> float:
@@ -204,6 +204,42 @@ async def test_draining_answers_what_was_admitted_and_refuses_the_rest():
         with pytest.raises(Unavailable, match="shutting down"):
             await ask(batcher, 7)
         assert recorder.rejections == {"draining": 1}
+
+
+async def test_draining_lets_later_parts_of_what_was_admitted_in_until_it_is_closed():
+    async with batching() as (batcher, recorder), asyncio.timeout(10):
+        batcher.hold()
+        admitted, late = Course(), Course()
+        first = asking(batcher, 1, course=admitted)
+        await until(lambda: recorder.waiting == 1)
+        assert await batcher.drain()
+        assert await first == [-1]
+        batcher.hold()
+        second = asking(batcher, 2, course=admitted)
+        await until(lambda: recorder.waiting == 1)
+        with pytest.raises(Unavailable, match="shutting down"):
+            await ask(batcher, 3, course=late)
+        draining = asyncio.create_task(batcher.drain())  # which waits for the part, too
+        assert await second == [-2]
+        assert await draining
+        await batcher.close()
+        with pytest.raises(Unavailable, match="shutting down"):
+            await ask(batcher, 4, course=admitted)
+        assert recorder.rejections == {"draining": 2}
+
+
+async def test_parts_of_one_request_count_its_end_once():
+    async with batching() as (batcher, recorder), asyncio.timeout(10):
+        batcher.hold()
+        for end in ("late", "gone"):
+            course = Course()
+            deadline = asyncio.get_running_loop().time() + 0.02 if end == "late" else None
+            parts = [asking(batcher, i, course=course, deadline=deadline) for i in (1, 2)]
+            await until(lambda: recorder.waiting == 2)
+            for part in parts if end == "gone" else ():
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+        assert (recorder.expiries, recorder.cancels) == ({"queued": 1}, {"queued": 1})
 
 
 async def test_draining_ends_when_its_time_is_over():

@@ -16,7 +16,6 @@ from layercast.client.errors import InternalError
 from layercast.client.joining import Joining
 from layercast.models.hooks import registered_hooks
 from layercast.proto.messages import ExtractStreamRequest, ExtractStreamResponse
-from layercast.proto.rpc import FEATURES
 from layercast.server.errors import ServingError
 from layercast.server.service.call import Call, method_of
 from layercast.server.service.feature_stream import FeatureStreamService
@@ -38,17 +37,6 @@ def asked(model: str, values: np.ndarray, layers, outputs=(), chunk_bytes: int =
 
 def stream(served, message: ExtractStreamRequest, timeout: float = 30.0):
     return served.rpc("ExtractStream")(message, timeout=timeout)
-
-
-@pytest.fixture
-def slow_reader(served):
-    """Streams on a connection of its own that holds next to nothing of what nobody has read."""
-    options = [("grpc.max_receive_message_length", -1), ("grpc.http2.bdp_probe", 0),
-               ("grpc.use_local_subchannel_pool", 1)]  # fmt: skip
-    method = FEATURES["ExtractStream"]
-    with grpc.insecure_channel(served.url, options) as channel:
-        stub = channel.unary_stream(method.path, method.request.SerializeToString, method.response.FromString)
-        yield lambda message, timeout=30.0: stub(message, timeout=timeout)
 
 
 def joined(messages) -> dict[str, np.ndarray]:

@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable, Sequence
 
-from layercast.server.batching.policy import Limits, Observer
+from layercast.server.batching.endings import Endings
+from layercast.server.batching.policy import Limits
 from layercast.server.batching.queue import Held, Queue
 from layercast.server.errors import InvalidArgument, ServingError, Unavailable
-from layercast.server.work import Terms, Work
+from layercast.server.work import Course, Terms, Work
 
 RETRY_SECONDS = 0.1
 
@@ -21,11 +22,11 @@ class Admission:
     peer that holds most make room, and are refused in its place.
     """
 
-    def __init__(self, name: str, limits: Limits, queue: Queue, observer: Observer, end: End) -> None:
+    def __init__(self, name: str, limits: Limits, queue: Queue, endings: Endings, end: End) -> None:
         self._name = name
         self._limits = limits
         self._queue = queue
-        self._observer = observer
+        self._endings = endings
         self._end = end
 
     def admit(self, works: Sequence[Work], terms: Terms, expires: int | None) -> None:
@@ -36,25 +37,26 @@ class Admission:
         wanted = Held()
         for work in works:
             wanted.add(work)
-        self._check_possible(wanted)
-        self._make_room(wanted, terms.peer)
+        self._check_possible(wanted, terms.course)
+        self._make_room(wanted, terms)
         levels = self._limits.priorities
         now = time.perf_counter_ns()
         for work in works:
             work.parts, work.peer, work.expires, work.arrived = works, terms.peer, expires, now
+            work.course = terms.course
             work.priority = terms.priority if 1 <= terms.priority <= levels else levels
             self._queue.push(work)
 
-    def _check_possible(self, wanted: Held) -> None:
+    def _check_possible(self, wanted: Held, course: Course | None) -> None:
         limits = self._limits
         if wanted.rows > limits.queue_rows:
-            self._observer.rejected("too_large")
+            self._endings.rejected("too_large", course)
             raise InvalidArgument(
                 f"the request has {wanted.rows} rows, the queue holds {limits.queue_rows}; "
                 f"send them in several requests"
             )
         if wanted.bytes > limits.queue_bytes:
-            self._observer.rejected("too_large")
+            self._endings.rejected("too_large", course)
             raise InvalidArgument(
                 f"the inputs take {wanted.bytes:,} bytes, the queue holds {limits.queue_bytes:,}; "
                 f"send them in several requests"
@@ -63,27 +65,27 @@ class Admission:
     def check_room(self, rows: int, peer: str) -> None:
         """Raise Unavailable when a request of so many rows is sure to be refused as things stand."""
         if self._queue.held.rows + rows > self._limits.queue_rows >= rows > 0:
-            self._check_fair(Held(1, rows, 0), peer)
+            self._check_fair(Held(1, rows, 0), Terms(peer=peer))
 
-    def _make_room(self, wanted: Held, peer: str) -> None:
+    def _make_room(self, wanted: Held, terms: Terms) -> None:
         """Return when the request fits, having ended others if that is fair; raise Unavailable if it is not."""
         if self._lacks_rows(wanted) or self._lacks_bytes(wanted):
-            self._check_fair(wanted, peer)
+            self._check_fair(wanted, terms)
         # What the others hold is more than their even shares together, so one of them holds more than its own.
         while self._lacks_rows(wanted):
             self._evict(max(self._queue.peers, key=lambda name: self._queue.peers[name].rows))
         while self._lacks_bytes(wanted):
             self._evict(max(self._queue.peers, key=lambda name: self._queue.peers[name].bytes))
 
-    def _check_fair(self, wanted: Held, peer: str) -> None:
-        """Raise Unavailable unless `peer` may have room in a full queue: it would hold no more than its even share."""
+    def _check_fair(self, wanted: Held, terms: Terms) -> None:
+        """Raise Unavailable unless the peer may have room in a full queue: it would hold no more than an even share."""
         limits = self._limits
-        own = self._queue.peers.get(peer) or Held()
+        own = self._queue.peers.get(terms.peer) or Held()
         peers = len(self._queue.peers) + (own.works == 0)
         if (self._lacks_rows(wanted) and own.rows + wanted.rows > limits.queue_rows / peers) or (
             self._lacks_bytes(wanted) and own.bytes + wanted.bytes > limits.queue_bytes / peers
         ):
-            raise self._full(wanted)
+            raise self._full(wanted, terms.course)
 
     def _lacks_rows(self, wanted: Held) -> bool:
         return self._queue.held.rows + wanted.rows > self._limits.queue_rows
@@ -92,9 +94,10 @@ class Admission:
         return self._queue.held.bytes + wanted.bytes > self._limits.queue_bytes
 
     def _evict(self, peer: str) -> None:
-        self._observer.rejected("queue_full")
+        newest = self._queue.newest(peer)
+        self._endings.rejected("queue_full", newest.course)
         self._end(
-            self._queue.newest(peer).parts,
+            newest.parts,
             Unavailable(
                 f"the queue of model {self._name!r} is full and this caller holds most of it: "
                 f"the rows made room for another's; try again shortly, or send fewer at a time",
@@ -102,8 +105,8 @@ class Admission:
             ),
         )
 
-    def _full(self, wanted: Held) -> Unavailable:
-        self._observer.rejected("queue_full")
+    def _full(self, wanted: Held, course: Course | None) -> Unavailable:
+        self._endings.rejected("queue_full", course)
         held, limits = self._queue.held, self._limits
         if self._lacks_rows(wanted):
             what = f"{held.rows} of {limits.queue_rows} rows wait, {wanted.rows} more came"

@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 
 from layercast.server.batching.admission import RETRY_SECONDS, Admission
+from layercast.server.batching.endings import Endings, too_late
 from layercast.server.batching.forwards import Forwards
 from layercast.server.batching.gather import Batch, gather, ripe_rows
 from layercast.server.batching.instance import Ran, Run
 from layercast.server.batching.pace import Pace
 from layercast.server.batching.patience import Patience
-from layercast.server.batching.policy import Execution, Limits, Observer, Phase, Reason, slack_of
+from layercast.server.batching.policy import Limits, Observer, Phase, Reason, executed, slack_of
 from layercast.server.batching.queue import Queue
 from layercast.server.errors import DeadlineCancelled, DeadlineExceeded, Unavailable
-from layercast.server.work import Answer, Rows, Terms, Work
+from layercast.server.work import Answer, Course, Terms, Work
 
 _NOW = Terms()
 _CLOSE_SECONDS = 5.0
@@ -42,14 +43,15 @@ class Batcher:
         self._limits = limits
         self._observer = observer
         self._queue = Queue(ripe_rows(limits))
-        self._admission = Admission(name, limits, self._queue, observer, self._end)
+        self._endings = Endings(observer)
+        self._admission = Admission(name, limits, self._queue, self._endings, self._end)
         self._pace = Pace()
         self._forwards = Forwards(name, runs, prepare, limits.inline_rows, self._answer, self._fail, self._look)
         self._loop = asyncio.get_running_loop()
         self._next_look: asyncio.Handle | None = None
         self._delay_over: asyncio.TimerHandle | None = None
         self._patience = Patience()
-        self._held = self._draining = self._hurried = False
+        self._held = self._draining = self._closed = self._hurried = False
         self._settled = asyncio.Event()
         # For works that nobody waits for any more.
         self._nobody = self.future()
@@ -62,7 +64,7 @@ class Batcher:
 
     @property
     def draining(self) -> bool:
-        """Whether new works are refused."""
+        """Whether new requests are refused."""
         return self._draining
 
     @property
@@ -98,14 +100,14 @@ class Batcher:
                 return [await works[0].future]
             return [await work.future for work in works]
         except DeadlineExceeded:
-            self._observer.expired(self._withdraw(works))
+            self._endings.expired(self._withdraw(works), terms.course)
             raise
         except asyncio.CancelledError:
             phase = self._withdraw(works)
             if terms.deadline is not None and self._loop.time() >= terms.deadline - slack:
-                self._observer.expired(phase)
+                self._endings.expired(phase, terms.course)
                 raise DeadlineCancelled from None
-            self._observer.cancelled(phase)
+            self._endings.cancelled(phase, terms.course)
             raise
         except Exception:
             self._withdraw(works)
@@ -133,7 +135,7 @@ class Batcher:
         self.release()
 
     async def drain(self, seconds: float | None = None) -> bool:
-        """Refuse new works and wait until every admitted one is answered, so long at most; tell whether they are."""
+        """Refuse new requests, not later parts of admitted ones; wait, so long at most, and tell if nothing is left."""
         self._draining = True
         self.hurry()
         self._settle()
@@ -146,7 +148,7 @@ class Batcher:
 
         What waits fails at once; a running forward is waited for, `seconds` at most.
         """
-        self._draining = True
+        self._draining = self._closed = True
         for work in list(self._queue):
             self._end(work.parts, Unavailable(f"model {self._name!r} was stopped before the rows ran; try again"))
         settled = await self.drain(seconds)
@@ -160,17 +162,21 @@ class Batcher:
 
     def _admit(self, works: Sequence[Work], terms: Terms) -> float:
         """Queue the works; return how many seconds before the deadline a cancel is taken for the deadline's own."""
-        if self._draining:
-            self._observer.rejected("draining")
+        course = terms.course
+        if self._closed or (self._draining and not (course and course.admitted)):
+            self._endings.rejected("draining", course)
             raise Unavailable(f"model {self._name!r} is shutting down and takes no new requests", retry_after=1.0)
         expires, slack = None, 0.0
         if terms.deadline is not None:
             left = terms.deadline - self._loop.time()
             if left <= 0:
-                self._observer.expired("queued")
-                raise _too_late()
+                self._endings.expired("queued", course)
+                raise too_late()
             expires, slack = time.perf_counter_ns() + int(left * 1e9), slack_of(left)
         self._admission.admit(works, terms, expires)
+        if course:
+            course.admitted = True
+            self._settled.clear()
         self._patience.came(terms.peer)
         self._changed()
         return slack
@@ -181,17 +187,17 @@ class Batcher:
         seconds = own if asked is None else asked if own is None else min(own, asked)
         timers = []
         if seconds is not None:
-            timers.append(self._loop.call_later(seconds, self._time_out, works, seconds))
+            timers.append(self._loop.call_later(seconds, self._time_out, works, seconds, terms.course))
         if terms.deadline is not None:
             timers.append(self._loop.call_at(terms.deadline, self._expire, works))
         return timers
 
     def _expire(self, works: Sequence[Work]) -> None:
-        self._end(works, _too_late())
+        self._end(works, too_late())
 
-    def _time_out(self, works: Sequence[Work], seconds: float) -> None:
+    def _time_out(self, works: Sequence[Work], seconds: float, course: Course | None) -> None:
         if any(work in self._queue for work in works):
-            self._observer.rejected("queue_timeout")
+            self._endings.rejected("queue_timeout", course)
             error = f"Request timeout expired: the rows waited {seconds * 1000:g} ms in the queue of {self._name!r}"
             self._end(works, Unavailable(error, retry_after=RETRY_SECONDS))
 
@@ -234,7 +240,7 @@ class Batcher:
             now = time.perf_counter_ns()
             gathered = gather(self._queue, self._limits, self._pace, now, self._hurried)
             for work in gathered.dropped:
-                self._end(work.parts, _too_late())
+                self._end(work.parts, too_late())
             if not gathered.batch:
                 self._look_after_delay(now)
                 break
@@ -286,17 +292,7 @@ class Batcher:
     def _answer(self, works: Sequence[Work], ran: Ran, reason: Reason) -> None:
         rows = sum(work.rows for work in works)
         self._pace.ran(works[0].key, rows, ran.compute_ns, time.perf_counter_ns())
-        tokens = sum(work.rows * work.length for work in works)
-        padding = rows * max(work.length for work in works) - tokens
-        self._observer.executed(Execution(rows, reason, ran.compute_ns, tokens, padding))
+        self._observer.executed(executed(works, rows, reason, ran.compute_ns))
         for work, own in zip(works, ran.rows, strict=True):
             if not work.future.done():
-                work.future.set_result(_answer(work, own, ran.compute_ns, rows))
-
-
-def _answer(work: Work, own: Rows, compute_ns: int, batch_rows: int) -> Answer:
-    return Answer(own.outputs, own.features, work.started - work.arrived, compute_ns, batch_rows)
-
-
-def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passes before the answer can be there; allow more time or send fewer rows")
+                work.future.set_result(work.answer(own, ran.compute_ns, rows))

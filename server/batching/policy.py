@@ -1,8 +1,11 @@
 """What the batcher goes by, and whom it tells: the limits of one model, and the observer of its works."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from layercast.server.work import Work
 
 Reason = Literal["full", "preferred", "timeout", "idle", "drain"]
 """Why a batch closed: no room for more, a preferred size reached, the delay over, no delay wanted, shutting down."""
@@ -49,6 +52,13 @@ class Execution:
     compute_ns: int
     tokens: int = 0
     padding: int = 0
+
+
+def executed(works: Sequence[Work], rows: int, reason: Reason, compute_ns: int) -> Execution:
+    """Return what is to be said of a batch of `works`, of `rows` rows together."""
+    tokens = sum(work.rows * work.length for work in works)
+    padding = rows * max(work.length for work in works) - tokens
+    return Execution(rows, reason, compute_ns, tokens, padding)
 
 
 class Observer(Protocol):

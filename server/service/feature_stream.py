@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Final
 
-from layercast.models.manifest import Manifest
 from layercast.proto.codec import Tensor, named_tensor
 from layercast.proto.messages import ExtractStreamRequest, ExtractStreamResponse, TensorPart, Timing
 from layercast.server.batching.policy import late_from
@@ -18,6 +17,7 @@ from layercast.server.service.call import Call
 from layercast.server.service.features import Extraction, decode
 from layercast.server.service.requests import token_length
 from layercast.server.service.terms import NO_PARAMETERS, terms_of
+from layercast.server.work import Course
 
 CHUNK_BYTES: Final = 2 << 20
 """Values in one message unless the request says otherwise: stock clients take messages of 4 MiB at most."""
@@ -41,26 +41,33 @@ class FeatureStreamService:
     ) -> AsyncGenerator[ExtractStreamResponse, None]:
         """Values as Extract gives them, rows in order; one message for no rows.
 
-        The rows run in parts, and one part at most runs ahead of the one whose messages are being taken: a caller who
-        does not read costs no more memory than that. An error, also of a part in the middle, is raised after the
-        messages of the parts before it. When the generator is closed, rows that wait leave the queue and no more run.
+        The rows run in parts, and one part at most runs ahead of the one whose messages are being taken. An error, also
+        of a part in the middle, is raised after the messages of the parts before it. When the generator is closed,
+        rows that wait leave the queue and no more run. Unavailable where the model's streams hold too much already, and
+        for a caller who takes no message for long.
         """
         late = late_from(call.deadline, asyncio.get_running_loop().time())
         model = self._answering.find(request.extract.model_name, request.extract.model_version, "features")
-        with self._answering.counted(model, "features", late) as timer:
+        with self._answering.counted(model, "features", late) as timer, model.streams.open() as stream:
+            stream.hold(2 * call.size)  # as it came, which the transport keeps, and decoded
             asked = await off_loop(call.size, decode, model, request.extract)
             chunk_bytes = self._chunk_bytes(request.chunk_bytes)
             permit(model, asked.inputs, asked.rows, asked.wanted)
+            size, row_bytes = _part_rows(model, asked)
+            stream.hold(min(_RUNNING * size, asked.rows) * row_bytes)
+            identifier = request.extract.id
+            del request  # another copy of the inputs
             timer.decoded()
             first_row = queue_ns = compute_ns = 0
             warning = asked.warning
-            async with aclosing(self._parts(model, asked, call)) as parts:
+            async with aclosing(self._parts(model, asked, size, call, stream.course)) as parts:
                 async for answered in parts:
                     messages = _messages(answered, chunk_bytes, len(asked.wanted.layers))
                     while (message := await off_loop(chunk_bytes, next, messages, None)) is not None:
-                        _complete(message, request, model, asked.rows, first_row)
+                        _complete(message, identifier, model, asked.rows, first_row)
                         message.warning, warning = warning, ""
-                        yield message
+                        async with stream.unread():
+                            yield message
                     first_row += _rows(answered.tensors)
                     queue_ns, compute_ns = max(queue_ns, answered.queue_ns), compute_ns + answered.compute_ns
                     del answered, messages  # sent, and large
@@ -77,10 +84,12 @@ class FeatureStreamService:
             )
         return asked
 
-    async def _parts(self, model: ServedModel, asked: Extraction, call: Call) -> AsyncGenerator[Answered, None]:
-        """Run the rows part by part, in order, one ahead of the one that is taken."""
-        size = _part_rows(model.manifest, asked, model.batcher.limits.max_batch)
+    async def _parts(
+        self, model: ServedModel, asked: Extraction, size: int, call: Call, course: Course
+    ) -> AsyncGenerator[Answered, None]:
+        """Run the rows in parts of `size` rows, in order, one ahead of the one that is taken."""
         terms = terms_of(call, NO_PARAMETERS)
+        terms.course = course
         starts = iter(range(0, max(asked.rows, 1), size))
         running: deque[asyncio.Task[Answered]] = deque()
         try:
@@ -94,16 +103,20 @@ class FeatureStreamService:
                     return
                 yield await running[0]
                 running.popleft()
+        except Exception:
+            course.counted = True  # if at all, by the part that failed, and not by the next, which ends with it
+            raise
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
 
-def _part_rows(manifest: Manifest, asked: Extraction, max_batch: int) -> int:
-    """Return how many rows run at once: what a batch holds, fewer where their values would be too many."""
-    row = answer_bytes(manifest, asked.wanted.taps, 1, token_length(manifest, asked.inputs), asked.wanted.outputs)
-    return max(1, min(max_batch, _PART_BYTES // max(row, 1)))
+def _part_rows(model: ServedModel, asked: Extraction) -> tuple[int, int]:
+    """Return how many rows run at once, what a batch holds or fewer where their values are many, and a row's bytes."""
+    length = token_length(model.manifest, asked.inputs)
+    row = answer_bytes(model.manifest, asked.wanted.taps, 1, length, asked.wanted.outputs)
+    return max(1, min(model.batcher.limits.max_batch, _PART_BYTES // max(row, 1))), row
 
 
 def _messages(answered: Answered, chunk_bytes: int, layers: int) -> Iterator[ExtractStreamResponse]:
@@ -145,10 +158,10 @@ def _rows(tensors: Sequence[Tensor]) -> int:
 
 
 def _complete(
-    message: ExtractStreamResponse, request: ExtractStreamRequest, model: ServedModel, total_rows: int, first_row: int
+    message: ExtractStreamResponse, identifier: str, model: ServedModel, total_rows: int, first_row: int
 ) -> None:
     """Fill in what is the whole stream's; `first_row` is the part's."""
     message.model_name, message.model_version = model.manifest.name, str(model.manifest.version)
-    message.id = request.extract.id
+    message.id = identifier
     message.total_rows = total_rows
     message.first_row += first_row

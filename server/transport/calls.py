@@ -28,6 +28,8 @@ StreamAnswer = Callable[[AsyncIterator[tuple[Any, int]], Call], AsyncGenerator[M
 
 # A message of fewer bytes parses within a few milliseconds, whatever is in it.
 _LARGE: Final = 256 << 10
+# A status goes at once, or after an answer that the caller doesn't read.
+_STATUS_SECONDS: Final = 1.0
 # Sent by a client that wants the first error inside a stream as the status of the stream.
 _FAILS_WHOLE: Final = ("triton_grpc_error", "true")
 
@@ -74,11 +76,18 @@ class Counted:
             raise
         except Exception as error:
             failed = reply(error, self.path)
-            # Counted first: who has seen the status finds it in the metrics.
-            self._ended(failed.code, start)
-            return await context.abort(failed.code, failed.message, failed.trailers)  # raises
-        self._ended(grpc.StatusCode.OK, start)
-        return result
+        else:
+            self._ended(grpc.StatusCode.OK, start)
+            return result
+        # Counted first: who has seen the status finds it in the metrics. Not in the `except`: grpc's own error, which
+        # it keeps in a circle, would keep the one before, and that the request, until a garbage collection.
+        self._ended(failed.code, start)
+        try:
+            async with asyncio.timeout(_STATUS_SECONDS):
+                return await context.abort(failed.code, failed.message, failed.trailers)  # raises
+        except TimeoutError:
+            # Who reads nothing takes no status either. grpc has it and sends it when it can; the request goes now.
+            raise asyncio.CancelledError from None
 
     def _ended(self, code: grpc.StatusCode, start: float) -> None:
         self._handled[code].inc()
@@ -98,7 +107,9 @@ class UnaryRpc:
         return grpc.unary_unary_rpc_method_handler(self._handle)
 
     async def _handle(self, raw: bytes, context: Context) -> bytes:
-        return await self._counted.run(self._body(raw, context), context)
+        body = self._body(raw, context)
+        del raw  # which an error would keep
+        return await self._counted.run(body, context)
 
     async def _body(self, raw: bytes, context: Context) -> bytes:
         self._counted.received.inc()
@@ -121,7 +132,9 @@ class ServerStreamRpc:
         return grpc.unary_stream_rpc_method_handler(self._handle)
 
     async def _handle(self, raw: bytes, context: Context) -> None:
-        await self._counted.run(self._body(raw, context), context)
+        body = self._body(raw, context)
+        del raw  # which an error would keep
+        await self._counted.run(body, context)
 
     async def _body(self, raw: bytes, context: Context) -> None:
         self._counted.received.inc()
