@@ -53,7 +53,7 @@ def test_a_bomb_is_refused_quickly_and_the_next_request_is_answered(served, name
     began = time.thread_time()
     with pytest.raises(MessageTooComplex):
         check_bulk(BOMBS[name], ModelInferRequest)
-    assert time.thread_time() - began < 0.5  # parsed, it takes seconds and gigabytes
+    assert time.thread_time() - began < 2  # parsed, it takes many seconds and gigabytes
     x = np.array([[1.5, -2]], "f4")
     np.testing.assert_array_equal(values_of(served.call("ModelInfer", asked("same", x))), x)
 
