@@ -10,8 +10,20 @@ from types import SimpleNamespace
 import pytest
 from batching import ask, asking, batching, negate, picky, work
 
-from layercast.server.batching import forwards
-from layercast.server.work import Rows, Tap, Terms, Work
+from layercast.server.batching import forwards, patience
+from layercast.server.work import Rows, Tap, Work
+
+
+@pytest.fixture(autouse=True)
+def in_bunches(request, monkeypatch):
+    """Take requests to come in bunches, unless the test says to look."""
+    if "as_measured" not in request.fixturenames:
+        monkeypatch.setattr(patience, "_BUNCH", 0)
+
+
+@pytest.fixture
+def as_measured() -> None:
+    """Judge by how requests come."""
 
 
 class Where:
@@ -143,28 +155,27 @@ async def test_a_batcher_that_runs_on_the_loop_drains_and_closes():
         assert recorder.waiting == 0
 
 
-async def asked_by(batcher, *peers: str) -> None:
-    """Let each peer ask for one row in the same pass of the loop, and wait for all."""
-    works = [work(batcher, 1) for _ in peers]
-    submitted = [batcher.submit([one], Terms(peer=peer)) for one, peer in zip(works, peers, strict=True)]
-    await asyncio.gather(*submitted)
+async def together(batcher, requests: int) -> None:
+    """Let so many requests come in the same pass of the loop, and wait for all."""
+    await asyncio.gather(*(batcher.submit([work(batcher, 1)]) for _ in range(requests)))
 
 
-async def test_several_callers_whose_requests_come_one_by_one_are_run_in_the_thread():
+@pytest.mark.usefixtures("as_measured")
+async def test_requests_that_come_one_by_one_are_run_in_the_thread():
     engine = Where()
     async with batching(engine, inline_rows=8) as (batcher, _):
-        for peer in ("a", "b", "a", "b"):
-            await asked_by(batcher, peer)
-        assert engine.ran == [(True, 1)] + [(False, 1)] * 3
-        for _ in range(17):
-            await asked_by(batcher, "a")
-        assert engine.ran[-1] == (True, 1)
+        for _ in range(20):
+            await together(batcher, 1)
+        assert engine.ran == [(False, 1)] * 20
 
 
-async def test_several_callers_whose_requests_come_together_are_run_on_the_loop():
+@pytest.mark.usefixtures("as_measured")
+async def test_requests_that_come_in_bunches_are_run_on_the_loop_until_they_no_longer_do():
     engine = Where()
     async with batching(engine, inline_rows=8) as (batcher, _):
         for _ in range(16):
-            await asked_by(batcher, "a", "b", "c")
-        assert engine.ran[1] == (False, 3)
-        assert engine.ran[-1] == (True, 3)
+            await together(batcher, 3)
+        assert (engine.ran[0], engine.ran[-1]) == ((False, 3), (True, 3))
+        for _ in range(40):
+            await together(batcher, 1)
+        assert engine.ran[-1] == (False, 1)

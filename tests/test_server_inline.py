@@ -13,6 +13,7 @@ from holding import serving_shared
 from test_server_inference import offline, request, rows_for, values_of
 
 from layercast.models.manifest import file_entry
+from layercast.server.batching import patience
 from layercast.server.loader import load
 from layercast.server.settings import ModelSettings
 
@@ -26,7 +27,10 @@ from layercast.server.settings import ModelSettings
         ('engine = "eager"\n', False),
     ],
 )
-def test_only_the_steady_engine_of_a_single_instance_runs_on_the_loop(repository, modules, tmp_path, settings, here):
+def test_only_the_steady_engine_of_a_single_instance_runs_on_the_loop(
+    repository, modules, tmp_path, monkeypatch, settings, here
+):
+    monkeypatch.setattr(patience, "_BUNCH", 0)  # as if requests came in bunches
     with serving_shared(repository, tmp_path, f"max_delay_ms = 0\n{settings}") as server:
         model = server.server.repository.find("shared", "")
         loop = server.on_loop(threading.get_ident)

@@ -177,7 +177,7 @@ class Batcher:
         if course:
             course.admitted = True
             self._settled.clear()
-        self._patience.came(terms.peer)
+        self._patience.came()
         self._changed()
         return slack
 

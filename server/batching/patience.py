@@ -5,8 +5,6 @@ from typing import Final
 
 _PASSES: Final = 4
 _LONGEST_NS: Final = 1_000_000
-_ALONE: Final = 16
-"""As many requests of one caller in a row: nobody else asks now."""
 _BUNCH: Final = 1.5
 _WEIGHT: Final = 1 / 16
 """Of the latest pass in the mean of requests a pass."""
@@ -17,27 +15,23 @@ class Patience:
 
     A batch in a thread leaves the loop free to gather the next one. One on the loop does not: where a front end hands
     over one request a pass (grpc.aio does, however many wait), all would run alone. So rows run on the loop only while
-    one caller asks, or requests come in bunches. Then, too, they wait for others: a request takes several passes from
-    its first byte to the queue; those that bring nothing take some microseconds each.
+    requests come in bunches. Then, too, they wait for others: a request takes several passes from its first byte to the
+    queue; those that bring nothing take some microseconds each.
     """
 
     def __init__(self) -> None:
         self._quiet = self._new = 0
         self._bunch = 1.0
-        self._same = _ALONE
-        self._peer: str | None = None
 
     @property
     def here(self) -> bool:
         """Whether a short forward delays nobody who would have shared the next one."""
-        return self._same >= _ALONE or self._bunch >= _BUNCH
+        return self._bunch >= _BUNCH
 
-    def came(self, peer: str) -> None:
-        """A request of `peer` has come."""
+    def came(self) -> None:
+        """A request has come."""
         self._quiet = 0
         self._new += 1
-        self._same = self._same + 1 if self._peer in (None, peer) else 0
-        self._peer = peer
 
     def passed(self) -> None:
         """The loop has made a pass."""
