@@ -22,6 +22,7 @@ from side_by_side import machine, serve_command
 from workloads import Workload, write_repository
 
 from layercast.models.manifest import Manifest
+from layercast.server.settings import default_cache
 
 CONCURRENCY: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROWS: Final = (1, 4, 16, 64, 256, 1024)
@@ -117,7 +118,7 @@ def main() -> int:
     parser.add_argument("--front-ends", default="grpcio,envoy")
     parser.add_argument("--only", choices=CURVES, action="append")
     parser.add_argument("--seconds", type=float, default=3)
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/layercast")
+    parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--serve", default="", help="more options of `layercast serve`")
     parser.add_argument("--output", type=Path, required=True, help="folder for pictures and figures")
     args = parser.parse_args()

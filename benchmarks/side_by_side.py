@@ -31,6 +31,7 @@ from layercast.models.foreign.trust import ARTEFACT_CODE
 from layercast.models.manifest import Manifest
 from layercast.proto.messages import ModelInferResponse
 from layercast.server.environment import cpu_budget
+from layercast.server.settings import default_cache
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "grpcio", "protobuf", "numpy", "uvloop", "pyvoy")
@@ -59,7 +60,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression over the names of the workloads")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5)
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/layercast")
+    parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--serve", default="", help="more options of `layercast serve`")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -164,8 +164,7 @@ class AsyncClient:
             opened = self._opened().unary_stream(
                 method.path, method.request.SerializeToString, method.response.FromString
             )
-            headers = tuple(self._connection.headers.items())
-            responses = opened(call.request, timeout=deadline.left, metadata=headers)
+            responses = opened(call.request, timeout=deadline.left, metadata=self._connection.metadata)
             async for response in responses:
                 if (arrays := joining.add(response)) is not None:
                     yield arrays
@@ -284,7 +283,7 @@ class AsyncClient:
         if self._closed:
             raise LayercastError("this client is closed")
         stream: Any = self._opened().stream_stream(METHOD.path, None, METHOD.response.FromString)
-        open_call = partial(stream, metadata=tuple(self._connection.headers.items()))
+        open_call = partial(stream, metadata=self._connection.metadata)
         seconds = self._connection.deadline(timeout).timeout
         async with aclosing(results_async(open_call, many, items, seconds)) as answers:
             async for answer in answers:
@@ -295,9 +294,8 @@ class AsyncClient:
             return refusal
         method = call.method
         send = self._opened().unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
-        headers = tuple(self._connection.headers.items())
         try:
-            outcome: Outcome = await send(call.request, timeout=deadline.left, metadata=headers)
+            outcome: Outcome = await send(call.request, timeout=deadline.left, metadata=self._connection.metadata)
         except grpc.aio.AioRpcError as error:
             return from_status(error, self._connection.url, deadline.timeout)
         return outcome

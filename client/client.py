@@ -210,8 +210,7 @@ class Client:
             opened = self._channel.unary_stream(
                 method.path, method.request.SerializeToString, method.response.FromString
             )
-            headers = tuple(self._connection.headers.items())
-            responses = opened(call.request, timeout=deadline.left, metadata=headers)
+            responses = opened(call.request, timeout=deadline.left, metadata=self._connection.metadata)
             yield from joined(model, responses)
         except grpc.RpcError as error:
             self._operations.forget(metadata)
@@ -348,15 +347,16 @@ class Client:
         if self._closed:
             raise LayercastError("this client is closed")
         call: Any = self._channel.stream_stream(METHOD.path, None, METHOD.response.FromString)
-        stream = Stream(partial(call, metadata=tuple(self._connection.headers.items())))
+        stream = Stream(partial(call, metadata=self._connection.metadata))
         yield from results(stream, many, items, self._connection.deadline(timeout).timeout)
 
     def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
         if refusal := self._refusal(call):
             return refusal
-        headers = tuple(self._connection.headers.items())
         try:
-            return self._calls[call.method.path](call.request, timeout=deadline.left, metadata=headers)
+            return self._calls[call.method.path](
+                call.request, timeout=deadline.left, metadata=self._connection.metadata
+            )
         except grpc.RpcError as error:
             return from_status(error, self._connection.url, deadline.timeout)
         except ValueError:

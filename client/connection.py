@@ -55,6 +55,11 @@ class Connection:
             options.append(("grpc.enable_http_proxy", 0))
         return options
 
+    @property
+    def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """What is sent along with every call."""
+        return tuple(self.headers.items())
+
     def deadline(self, timeout: float | None) -> "Deadline":
         """Starts now; None takes the client's timeout. One deadline covers every RPC of an operation."""
         return Deadline(self.timeout if timeout is None else timeout)

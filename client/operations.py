@@ -13,9 +13,19 @@ from google.protobuf.message import Message
 from layercast.client.edits import Edit
 from layercast.client.errors import InvalidArgument, LayercastError, NotFound, Unavailable
 from layercast.client.explaining import Targets, explanation_of, options_message, target_indices
-from layercast.client.translation import Inputs, decoding, encoding, metadata_of, named_inputs, only, pass_on, taps
+from layercast.client.translation import (
+    Inputs,
+    decoding,
+    encoding,
+    metadata_of,
+    named_inputs,
+    only,
+    pass_on,
+    sent_inputs,
+    taps,
+)
 from layercast.client.types import Explanation, LayerInfo, ModelInfo, ModelMetadata
-from layercast.proto.codec import AnyArray, decode_named, decode_outputs, fill_inputs, named_tensor
+from layercast.proto.codec import AnyArray, decode_named, decode_outputs, fill_inputs
 from layercast.proto.messages import (
     ExplainRequest,
     ExplainResponse,
@@ -133,9 +143,8 @@ class Operations:
             edits=[edit.message for edit in ([edits] if isinstance(edits, Edit) else edits)],
             outputs=[outputs] if isinstance(outputs, str) else outputs,
             layers=taps(layers, reduce),
+            inputs=sent_inputs(metadata, inputs),
         )
-        with encoding():
-            request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
         response: SteerResponse = yield from self._with_model(Call(FEATURES["Steer"], request), metadata)
         with decoding(model):
             return decode_named([*response.outputs, *response.layers], kind="output", limit=None)
@@ -164,9 +173,8 @@ class Operations:
             options=asked,
             output=output or "",
             input=of or "",
+            inputs=sent_inputs(metadata, inputs),
         )
-        with encoding():
-            request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
         response: ExplainResponse = yield from self._with_model(Call(FEATURES["Explain"], request), metadata)
         with decoding(model):
             return explanation_of(response)
@@ -278,16 +286,14 @@ def _extraction(
     version: str,
     identifier: str,
 ) -> ExtractRequest:
-    request = ExtractRequest(
+    return ExtractRequest(
         model_name=model,
         model_version=version,
         id=identifier,
         layers=taps(layers, reduce),
         outputs=[outputs] if isinstance(outputs, str) else outputs,
+        inputs=sent_inputs(metadata, inputs),
     )
-    with encoding():
-        request.inputs.extend(named_tensor(*tensor) for tensor in named_inputs(metadata, inputs))
-    return request
 
 
 def _ask(call: Call) -> Steps[Any]:

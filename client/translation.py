@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike
 from layercast.client.conversion import fit
 from layercast.client.errors import InputWarning, InternalError, InvalidArgument
 from layercast.client.types import ModelMetadata, TensorInfo
-from layercast.proto.codec import AnyArray, CodecError, Tensor, datatype_of
-from layercast.proto.messages import ModelMetadataResponse
+from layercast.proto.codec import AnyArray, CodecError, Tensor, datatype_of, named_tensor
+from layercast.proto.messages import ModelMetadataResponse, NamedTensor
 
 Inputs = ArrayLike | Mapping[str, ArrayLike]
 
@@ -29,6 +29,12 @@ def named_inputs(metadata: ModelMetadata, inputs: Inputs) -> list[Tensor]:
             )
         inputs = {metadata.inputs[0].name: inputs}
     return [_tensor(metadata, name, value) for name, value in inputs.items()]
+
+
+def sent_inputs(metadata: ModelMetadata, inputs: Inputs) -> list[NamedTensor]:
+    """The inputs as the requests of FeatureService carry them; InvalidArgument for what can't be encoded."""
+    with encoding():
+        return [named_tensor(*tensor) for tensor in named_inputs(metadata, inputs)]
 
 
 def _tensor(metadata: ModelMetadata, name: str, value: ArrayLike) -> Tensor:

@@ -1,6 +1,5 @@
 """Which batches of a model are over sooner than they could be handed to a thread and back."""
 
-import time
 from pathlib import Path
 from typing import Final
 
@@ -9,6 +8,7 @@ import numpy as np
 from layercast.models.manifest import Manifest, Program
 from layercast.models.onnx_shapes import steady
 from layercast.server.engines.base import Engine, Inputs
+from layercast.server.engines.timing import durations
 
 _LIMIT: Final = 0.00025
 """Seconds. A hand-over takes 0.1 ms of a processor and more; nothing else is answered while a forward runs inline."""
@@ -45,10 +45,4 @@ def _steady(directory: Path, manifest: Manifest, program: str) -> bool:
 def _seconds(engine: Engine, one_row: Inputs, rows: int) -> float:
     """Return the shortest duration of a warm run: what else the machine does meanwhile is not the model's."""
     inputs = {name: np.repeat(array, rows, axis=0) for name, array in one_row.items()}
-    engine.run(inputs)
-    durations = []
-    for _ in range(_RUNS):
-        start = time.perf_counter()
-        engine.run(inputs)
-        durations.append(time.perf_counter() - start)
-    return min(durations)
+    return min(durations(engine.run, inputs, _RUNS))

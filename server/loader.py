@@ -21,6 +21,7 @@ from layercast.server.engines.base import Engine, EngineError, Inputs, Tapping
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.selection import Engines, golden_rows, select
 from layercast.server.engines.source import Source
+from layercast.server.engines.timing import durations
 from layercast.server.errors import OutOfMemory
 from layercast.server.inline import inline_rows
 from layercast.server.model import Loaded
@@ -81,7 +82,7 @@ def load(
         for engines, taps in zip(every, readers, strict=True)
     )
     one_row = golden_rows(recorded, 1)
-    warmup_ms = _time(runners[0].fast, one_row)
+    warmup_ms = statistics.median(durations(runners[0].fast.run, one_row, _TIMED_RUNS)) * 1000
     with _told(directory):
         inline = inline_rows(runners[0].fast, directory, manifest, one_row, settings.max_batch)
     memory.release()  # of what was read, and of engines that run nothing
@@ -137,17 +138,6 @@ def _warm_up(engine: Engine, inputs: Inputs, rows: int) -> None:
         memory.within(partial(engine.run, inputs), lambda: text)
     except OutOfMemory as error:
         raise LoadError(str(error)) from None
-
-
-def _time(engine: Engine, inputs: Inputs) -> float:
-    """Return the median duration of a warm run, in milliseconds."""
-    engine.run(inputs)
-    durations = []
-    for _ in range(_TIMED_RUNS):
-        start = time.perf_counter()
-        engine.run(inputs)
-        durations.append(time.perf_counter() - start)
-    return statistics.median(durations) * 1000
 
 
 def _without_paths(text: str, directory: Path) -> str:

@@ -50,6 +50,17 @@ def now() -> Instant:
     return Instant(time.perf_counter(), time.process_time())
 
 
+def durations(run: Run, inputs: Inputs, runs: int) -> list[float]:
+    """Return the seconds of so many runs, after one that warms up."""
+    run(inputs)
+    found = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run(inputs)
+        found.append(time.perf_counter() - start)
+    return found
+
+
 def fastest(
     runs: Mapping[Candidate, Run], batch: Batch, buckets: Buckets, processors: int, clock: Callable[[], Instant] = now
 ) -> tuple[Choice, Costs]:

@@ -14,8 +14,8 @@ import numpy as np
 from layercast.models.edits import Planned
 from layercast.models.manifest import LayerSpec, Manifest, TensorSpec
 from layercast.models.reducers import reduced_shape
-from layercast.proto.codec import CodecError, Tensor
-from layercast.proto.messages import InferParameter
+from layercast.proto.codec import CodecError, Tensor, decode_named
+from layercast.proto.messages import InferParameter, NamedTensor, Timing
 from layercast.proto.tensors import memory_dtype
 from layercast.server.errors import DeadlineCancelled, InvalidArgument, ServingError
 from layercast.server.layers import check_feature_bytes, check_size, reduced_datatype
@@ -25,7 +25,7 @@ from layercast.server.monitor import Kind, Spent
 from layercast.server.repository import Repository
 from layercast.server.service import scopes
 from layercast.server.service.call import Call
-from layercast.server.service.requests import Wanted, join, token_length
+from layercast.server.service.requests import Wanted, check_inputs, join, token_length
 from layercast.server.service.terms import NO_PARAMETERS, terms_of
 from layercast.server.work import Answer, Array, Tap, Terms
 
@@ -205,6 +205,18 @@ def decoding() -> Iterator[None]:
         yield
     except CodecError as error:
         raise InvalidArgument(str(error), field=error.field) from error
+
+
+def named_rows(manifest: Manifest, tensors: Sequence[NamedTensor]) -> tuple[dict[str, Array], int]:
+    """Return the inputs of a request of FeatureService by name, and their rows; InvalidArgument for wrong ones."""
+    with decoding():
+        inputs = decode_named(tensors)
+    return inputs, check_inputs(manifest, inputs, {tensor.name: tensor.datatype for tensor in tensors})
+
+
+def timing_of(answered: Answered) -> Timing:
+    """Return where the time of a request of FeatureService went."""
+    return Timing(queue_ns=answered.queue_ns, compute_ns=answered.compute_ns, batch_rows=answered.batch_rows)
 
 
 async def off_loop(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -10,7 +10,7 @@ from layercast.models.explain import Explanation
 from layercast.models.explain.subject import Progress
 from layercast.models.layer_names import match_layers
 from layercast.models.manifest import Manifest
-from layercast.proto.codec import decode_named, named_tensor
+from layercast.proto.codec import named_tensor
 from layercast.proto.messages import ExplainRequest, ExplainResponse, Timing
 from layercast.server import memory
 from layercast.server.engines.eager import EagerEngine
@@ -18,9 +18,9 @@ from layercast.server.errors import InvalidArgument, ResourceExhausted, Unavaila
 from layercast.server.explaining import Explained, ExplainLane, Job
 from layercast.server.layers import MAX_PATTERN_LENGTH, NOT_LISTED, OFF, POOLED_ONLY
 from layercast.server.model import ServedModel
-from layercast.server.service.answering import Answered, Answering, decoding, off_loop
+from layercast.server.service.answering import Answered, Answering, named_rows, off_loop
 from layercast.server.service.call import Call
-from layercast.server.service.requests import check_inputs, warnings
+from layercast.server.service.requests import warnings
 from layercast.server.work import Array
 
 _CHUNK_ROWS: Final = 32
@@ -137,9 +137,7 @@ def _job(
 
 
 def _decode(manifest: Manifest, request: ExplainRequest) -> dict[str, Array]:
-    with decoding():
-        inputs = decode_named(request.inputs)
-    check_inputs(manifest, inputs, {tensor.name: tensor.datatype for tensor in request.inputs})
+    inputs, _ = named_rows(manifest, request.inputs)
     return {spec.name: inputs[spec.name] for spec in manifest.inputs}
 
 

@@ -7,12 +7,12 @@ from contextlib import aclosing
 from typing import Final
 
 from layercast.proto.codec import Tensor, named_tensor
-from layercast.proto.messages import ExtractStreamRequest, ExtractStreamResponse, TensorPart, Timing
+from layercast.proto.messages import ExtractStreamRequest, ExtractStreamResponse, TensorPart
 from layercast.server.batching.policy import late_from
 from layercast.server.errors import InvalidArgument
 from layercast.server.layers import ENVELOPE, answer_bytes
 from layercast.server.model import ServedModel
-from layercast.server.service.answering import Answered, Answering, off_loop, permit
+from layercast.server.service.answering import Answered, Answering, off_loop, permit, timing_of
 from layercast.server.service.call import Call
 from layercast.server.service.features import Extraction, decode
 from layercast.server.service.requests import token_length
@@ -123,7 +123,7 @@ def _messages(answered: Answered, chunk_bytes: int, layers: int) -> Iterator[Ext
     """Yield the part's rows in messages, each with at most `chunk_bytes` of values."""
     tensors, rows = answered.tensors, _rows(answered.tensors)
     size = sum(values[:1].nbytes for _, _, values in tensors)
-    timing = Timing(queue_ns=answered.queue_ns, compute_ns=answered.compute_ns, batch_rows=answered.batch_rows)
+    timing = timing_of(answered)
     step = max(1, chunk_bytes // max(size, 1))
     for at in range(0, max(rows, 1), step):
         own = [(name, datatype, values[at : at + step]) for name, datatype, values in tensors]

@@ -3,22 +3,21 @@
 from dataclasses import dataclass
 
 from layercast.models.layer_names import match_layers, nearest
-from layercast.proto.codec import decode_named, named_tensor, quoted
+from layercast.proto.codec import named_tensor, quoted
 from layercast.proto.messages import (
     ExtractRequest,
     ExtractResponse,
     Layer,
     ListLayersRequest,
     ListLayersResponse,
-    Timing,
 )
 from layercast.server.errors import InvalidArgument
 from layercast.server.layers import MAX_PATTERN_LENGTH, resolve
 from layercast.server.model import ServedModel
 from layercast.server.repository import Repository
-from layercast.server.service.answering import Answered, Answering, decoding, off_loop
+from layercast.server.service.answering import Answered, Answering, named_rows, off_loop, timing_of
 from layercast.server.service.call import Call
-from layercast.server.service.requests import Wanted, check_inputs, resolve_outputs, warnings
+from layercast.server.service.requests import Wanted, resolve_outputs, warnings
 from layercast.server.work import Array
 
 
@@ -76,9 +75,7 @@ def decode(model: ServedModel, request: ExtractRequest) -> Extraction:
     manifest, settings = model.manifest, model.loaded.settings
     if not request.layers:
         raise InvalidArgument("no layers are asked for; '*' asks for all, ListLayers names them", field="layers")
-    with decoding():
-        inputs = decode_named(request.inputs)
-    rows = check_inputs(manifest, inputs, {tensor.name: tensor.datatype for tensor in request.inputs})
+    inputs, rows = named_rows(manifest, request.inputs)
     layers = resolve(manifest, request.layers, "layers[{}]", settings)
     outputs = resolve_outputs(manifest, request.outputs, settings).outputs if request.outputs else ()
     wanted = Wanted(outputs, tuple(layers), (*(asked.name for asked in layers), *outputs))
@@ -94,6 +91,6 @@ def _response(request: ExtractRequest, model: ServedModel, asked: Extraction, an
         id=request.id,
         layers=tensors[:layers],
         outputs=tensors[layers:],
-        timing=Timing(queue_ns=answered.queue_ns, compute_ns=answered.compute_ns, batch_rows=answered.batch_rows),
+        timing=timing_of(answered),
         warning=asked.warning,
     )

@@ -6,17 +6,17 @@ from typing import Final
 
 from layercast.models.edits import Action, Add, Clamp, Edit, Mean, Planned, Request, Scale, SteeringError, Zero
 from layercast.models.manifest import Manifest
-from layercast.proto.codec import decode_named, named_tensor
+from layercast.proto.codec import named_tensor
 from layercast.proto.messages import Edit as EditMessage
-from layercast.proto.messages import SteerRequest, SteerResponse, Timing
+from layercast.proto.messages import SteerRequest, SteerResponse
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.tensors import token_mask
 from layercast.server.errors import InvalidArgument, PermissionDenied
 from layercast.server.layers import MAX_PATTERN_LENGTH, OFF, POOLED_ONLY, PREFIX, resolve
 from layercast.server.model import ServedModel
-from layercast.server.service.answering import Answered, Answering, decoding, off_loop
+from layercast.server.service.answering import Answered, Answering, named_rows, off_loop, timing_of
 from layercast.server.service.call import Call
-from layercast.server.service.requests import Wanted, check_inputs, resolve_outputs, token_length, warnings
+from layercast.server.service.requests import Wanted, resolve_outputs, token_length, warnings
 from layercast.server.work import Array
 
 MAX_EDITS: Final = 64
@@ -81,9 +81,7 @@ def _engine(model: ServedModel) -> EagerEngine:
 
 def _decode(model: ServedModel, engine: EagerEngine, request: SteerRequest) -> _Asked:
     manifest, settings = model.manifest, model.loaded.settings
-    with decoding():
-        inputs = decode_named(request.inputs)
-    rows = check_inputs(manifest, inputs, {tensor.name: tensor.datatype for tensor in request.inputs})
+    inputs, rows = named_rows(manifest, request.inputs)
     for position, name in enumerate(request.outputs):
         if name.startswith(PREFIX):
             raise InvalidArgument("layers are asked for in `layers`, without a prefix", field=f"outputs[{position}]")
@@ -158,6 +156,6 @@ def _response(request: SteerRequest, model: ServedModel, asked: _Asked, answered
         id=request.id,
         outputs=tensors[:outputs],
         layers=tensors[outputs:],
-        timing=Timing(queue_ns=answered.queue_ns, compute_ns=answered.compute_ns, batch_rows=answered.batch_rows),
+        timing=timing_of(answered),
         warning=asked.warning,
     )

@@ -1,5 +1,6 @@
 """What every front end answers: our two services, health, reflection, and an answer to all other RPCs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from layercast.server.transport.calls import Counted, Handler, ServerStreamRpc, 
 from layercast.server.transport.standard import HandlerTaker, UnknownRpcs, add_health, add_reflection
 
 
-class FrontEnd:
+class FrontEnd(ABC):
     """The handlers, registered on `server`, and what they have to be told later. Each way to serve is a subclass."""
 
     def __init__(
@@ -31,20 +32,20 @@ class FrontEnd:
             add_reflection(server, metrics, (INFERENCE_SERVICE, FEATURES_SERVICE))
         server.add_generic_rpc_handlers((UnknownRpcs(metrics),))
 
+    @abstractmethod
     def bind(self, host: str, port: int) -> int:
         """Listen on `host:port` and return the port; StartError when it can't be taken."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def start(self) -> None:
         """Answer calls."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def stop(self, grace: float) -> None:
         """Refuse new calls at once, and return when the running ones have ended or `grace` seconds are over.
 
         Streams are read no further; they end when what was read from them is answered.
         """
-        raise NotImplementedError
 
     def _close(self) -> None:
         """Read no further from streams, which end when what was read from them is answered, and end every watch."""
