@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -16,7 +16,7 @@ from layercast.server.batching.policy import late_from
 from layercast.server.errors import DeadlineCancelled, InvalidArgument, ResourceExhausted, ServingError, Unavailable
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
-from layercast.server.transport.status import reply
+from layercast.server.transport.status import Reply, reply
 
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -25,6 +25,19 @@ Kind = Literal["unary", "server_stream", "bidi_stream"]
 Answer = Callable[[Any, Call], Awaitable[Message]]
 Answers = Callable[[Any, Call], AsyncGenerator[Message, None]]
 StreamAnswer = Callable[[AsyncIterator[tuple[Any, int]], Call], AsyncGenerator[Message, None]]
+
+Ended = Callable[[bytes | None, Reply | None], None]
+"""Told the answer's bytes, or else the status of a failed call."""
+
+
+class Begun(Protocol):
+    """A request that was begun."""
+
+    def cancel(self, late: bool) -> None:
+        """The caller has gone, or its deadline is over."""
+
+
+Begin = Callable[[bytes, float | None, str, Ended], Begun | None]
 
 # A message of fewer bytes parses within a few milliseconds, whatever is in it.
 _LARGE: Final = 256 << 10

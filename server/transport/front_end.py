@@ -11,7 +11,7 @@ from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE
 from layercast.server.errors import Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call, method_of
-from layercast.server.transport.calls import Counted, Handler, ServerStreamRpc, StreamRpc, UnaryRpc
+from layercast.server.transport.calls import Begin, Counted, Handler, ServerStreamRpc, StreamRpc, UnaryRpc
 from layercast.server.transport.standard import HandlerTaker, UnknownRpcs, add_health, add_reflection
 
 
@@ -23,6 +23,7 @@ class FrontEnd(ABC):
     ) -> None:
         """`services` holds, by the service's name, the objects that answer its RPCs, each some of them."""
         self._metrics = metrics
+        self.short: dict[str, Begin] = {}
         self._streams: list[StreamRpc] = []
         for name, methods in ((INFERENCE_SERVICE, INFERENCE), (FEATURES_SERVICE, FEATURES)):
             handlers = {method.name: self._handler(name, method, services[name]) for method in methods.values()}
