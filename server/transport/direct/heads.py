@@ -1,5 +1,6 @@
 """Headers of calls: what comes, decoded (HPACK, RFC 7541) and checked (RFC 9113, section 8), and what goes."""
 
+import logging
 import re
 from collections.abc import Iterable
 from typing import Final
@@ -8,6 +9,9 @@ from hpack import Decoder, HPACKError, OversizedHeaderListError
 
 from layercast.server.transport.direct.frames import Code, ConnectionFault
 from layercast.server.transport.rpc_call import is_rpc
+
+# At its DEBUG level it writes every header of every call, tokens too.
+logging.getLogger("hpack").setLevel(logging.WARNING)
 
 MAX_LIST: Final = 32 << 10
 """Bytes of a call's headers, counted as HTTP/2 does: names, values and 32 for each. A call with more is refused."""
