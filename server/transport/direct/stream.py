@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
+from layercast.server.batching.policy import late_from
 from layercast.server.errors import InvalidArgument
 from layercast.server.transport.calls import Begun
 from layercast.server.transport.direct.heads import Head, header_block
@@ -111,7 +112,8 @@ class Stream(RpcCall):
         self.cause = cause
         begun, self._begun = self._begun, None
         if begun:
-            begun.cancel(late=cause is Cause.LATE)
+            # A caller whose deadline is over resets the call, often before the deadline is over here.
+            begun.cancel(late=self._loop.time() >= late_from(self.deadline, self._since))
         if cause is not Cause.GONE:
             code = grpc.StatusCode.DEADLINE_EXCEEDED if cause is Cause.LATE else grpc.StatusCode.UNAVAILABLE
             self.status = (code.value[0], cause.value, ())
