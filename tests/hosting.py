@@ -1,6 +1,7 @@
 """Where the servers of tests run: each on an event loop of its own, or, when the tests run inside Envoy, on Envoy's."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
 def front_end() -> Iterator[dict[str, object]]:
     """Yield the settings of the front end under test, on free ports."""
     if not envoy:
-        yield {"front_end": "grpcio", "grpc_port": 0, "http_port": 0}
+        yield {"front_end": os.environ.get("LAYERCAST_TEST_FRONT_END", "grpcio"), "grpc_port": 0, "http_port": 0}
         return
     ports = [envoy.free.pop(), envoy.free.pop()]
     try:

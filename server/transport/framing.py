@@ -41,6 +41,8 @@ class Frames:
     Who feeds it only when `next` had nothing holds one message and one piece at most.
     """
 
+    __slots__ = ("_at", "_data", "_limit")
+
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._data: bytes | bytearray = b""
@@ -58,8 +60,10 @@ class Frames:
             return
         if isinstance(self._data, bytes):
             self._data = bytearray(self._data)
-        del self._data[: self._at]
-        self._at = 0
+        # Not each time: many small messages may wait here, and all that follows would move.
+        if 2 * self._at >= len(self._data):
+            del self._data[: self._at]
+            self._at = 0
         self._data += piece
 
     def next(self) -> tuple[bool, bytes] | None:
@@ -78,7 +82,21 @@ class Frames:
         if len(data) < start + size:
             return None
         self._at = start + size
-        return bool(flag), bytes(data[start : self._at])
+        with memoryview(data) as view:
+            return bool(flag), bytes(view[start : self._at])
+
+
+def may_begin(piece: bytes, limit: int) -> bool:
+    """Tell whether a body that begins with `piece` may be one message of at most `limit` bytes, uncompressed."""
+    return len(piece) >= _HEAD and not piece[0] and int.from_bytes(piece[1:_HEAD], "big") <= limit
+
+
+def only_message(pieces: list[bytes], limit: int) -> bytes | None:
+    """Return the one message, uncompressed, that a body of these pieces is; None if it is anything else."""
+    first = pieces[0]
+    if not may_begin(first, limit) or int.from_bytes(first[1:_HEAD], "big") + _HEAD != sum(map(len, pieces)):
+        return None
+    return b"".join((first[_HEAD:], *pieces[1:])) if len(pieces) > 1 else first[_HEAD:]
 
 
 def too_large(size: str, limit: int) -> ResourceExhausted:
