@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from layercast.proto.fields import mark
 from layercast.proto.messages import InferTensorContents, ModelInferRequest, ModelInferResponse, NamedTensor
 from layercast.proto.tensors import (
     DATATYPES,
@@ -73,9 +74,8 @@ TYPED_FIELDS: dict[str, tuple[str, str]] = {
     "BYTES": ("bytes_contents", "O"),
 }
 
-# Lists whose elements have one size on the wire (a bool is a varint of one byte), and protobuf's mark of such lists.
+# Lists whose elements have one size on the wire (a bool is a varint of one byte).
 _FIXED_SIZE = ("bool_contents", "fp32_contents", "fp64_contents")
-_LENGTH_DELIMITED = 2
 # Elements that are turned into Python objects, or from them, in one go: a few milliseconds' worth.
 _PART = 1 << 16
 
@@ -236,20 +236,10 @@ def _fill_contents(contents: InferTensorContents, datatype: str, array: AnyArray
     field = TYPED_FIELDS[datatype][0]
     if field in _FIXED_SIZE:
         content = little_endian(array, datatype).tobytes()
-        number = InferTensorContents.DESCRIPTOR.fields_by_name[field].number
-        contents.MergeFromString(bytes([number << 3 | _LENGTH_DELIMITED]) + _varint(len(content)) + content)
+        contents.MergeFromString(mark(InferTensorContents, field, len(content)) + content)
         return
     elements = array if datatype == "BYTES" else little_endian(array, datatype)
     flat, target = elements.ravel(), getattr(contents, field)
     for start in range(0, flat.size, _PART):
         part = flat[start : start + _PART]
         target.extend(bytes_elements(part) if datatype == "BYTES" else part.tolist())
-
-
-def _varint(number: int) -> bytes:
-    """Protobuf's encoding of a length: seven bits a byte, the lowest first."""
-    encoded = bytearray()
-    while number > 0x7F:
-        encoded.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*encoded, number])

@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -81,6 +81,14 @@ class Loaded:
         )
 
 
+class Group(NamedTuple):
+    """What a work's inputs mean to the queue: their key, if works are batched at all, their bytes and length."""
+
+    key: Hashable
+    bytes: int
+    length: int
+
+
 class ServedModel:
     """Runs rows of one model version. Made on the event loop, since its batcher lives there."""
 
@@ -91,6 +99,8 @@ class ServedModel:
         self.monitor = monitor
         self._dynamic_outputs = any(spec.dynamic_dimensions() for spec in loaded.manifest.outputs)
         self._padded = next((spec.name for spec in loaded.manifest.inputs if spec.pad is not None), None)
+        # Without batching every work is a group of its own.
+        self._batching = loaded.settings.batching
         self._holders = 0
         self._free = asyncio.Event()
         self._free.set()
@@ -155,11 +165,14 @@ class ServedModel:
         works = [self._work(part, count, taps, predict, edits) for part, count in _parts(inputs, rows, most)]
         return await self.batcher.submit(works, terms)
 
-    def enqueue(self, inputs: Mapping[str, Array], rows: int, terms: Terms, asker: Asker) -> Waiting:
+    def group(self, inputs: Mapping[str, Array]) -> Group:
+        """Return what inputs of these shapes have in common in the queue, when only the outputs are asked for."""
+        return self._group(inputs, self._dynamic_outputs)
+
+    def enqueue(self, inputs: Mapping[str, Array], rows: int, group: Group, terms: Terms, asker: Asker) -> Waiting:
         """Queue rows for the model's outputs, no more than the largest batch, to be answered through `asker`."""
-        work = self._work(inputs, rows, (), True, ())
-        work.asker = asker
-        return self.batcher.enqueue([work], terms)
+        key = group.key if self._batching else object()
+        return self.batcher.enqueue([Work(inputs, rows, key, group.bytes, group.length, asker=asker)], terms)
 
     def _work(
         self,
@@ -170,15 +183,16 @@ class ServedModel:
         edits: tuple[Planned, ...],
     ) -> Work:
         # Padding that comes from a neighbour would change the shape of a layer's values, and some reducers' results.
-        exact = bool(taps or edits) or self._dynamic_outputs
-        # Without batching every work is a group of its own.
-        key = self._key(inputs, exact) if self.loaded.settings.batching else object()
+        group = self._group(inputs, bool(taps or edits) or self._dynamic_outputs)
+        key = group.key if self._batching else object()
         if edits:
             # Among themselves: others keep the fastest engine, and see no trace of an edit, not even in rounding.
             key = ("steered", key)
+        return Work(inputs, rows, key, group.bytes, group.length, taps, predict, edits)
+
+    def _group(self, inputs: Mapping[str, Array], exact: bool) -> Group:
         length = inputs[self._padded].shape[1] if self._padded else 0
-        size = sum(map(_bytes, inputs.values()))
-        return Work(inputs, rows, key, size, length, taps, predict, edits)
+        return Group(self._key(inputs, exact), sum(map(_bytes, inputs.values())), length)
 
     def _key(self, inputs: Mapping[str, Array], exact: bool) -> Hashable:
         """Return what must be equal for rows to share a forward; token counts only roughly, unless `exact`.

@@ -8,13 +8,14 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from layercast.models.manifest import FileEntry, Manifest, TensorSpec
-from layercast.proto.codec import decode_inputs, is_typed
+from layercast.proto.codec import DATATYPES, CodecError, decode_inputs, fill_outputs, is_typed
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
-from layercast.server.service.answering import Answered
+from layercast.server.service.answering import Answered, tell_times
+from layercast.server.service.form import check_of
 from layercast.server.service.parameters import check_parameters
 from layercast.server.service.plain import Plain
-from layercast.server.service.requests import check_inputs, warnings
-from layercast.server.work import Answer
+from layercast.server.service.requests import _outside, check_inputs, warnings
+from layercast.server.service.template import Template, id_field
 
 ENTRY = FileEntry(sha256="0" * 64, bytes=1)
 
@@ -40,6 +41,13 @@ MANIFEST = manifest(
 PLAIN = Plain(MANIFEST, 1 << 20, 1 << 18)
 
 
+def taken(message: ModelInferRequest, plain: Plain = PLAIN) -> tuple[dict[str, np.ndarray], int] | None:
+    """Return the inputs and rows of a request that is plain and right in every way."""
+    form = plain.form(message)
+    inputs = form.inputs(message.raw_input_contents) if form else None
+    return (inputs, form.rows) if form and inputs else None
+
+
 def request(rows: int = 3) -> ModelInferRequest:
     message = ModelInferRequest(model_name="m", id="7")
     image = np.linspace(0, 1, rows * 4, dtype="f4").reshape(rows, 2, 2)
@@ -62,7 +70,7 @@ def general(message: ModelInferRequest) -> tuple[dict[str, np.ndarray], int]:
 
 def test_a_plain_request_gives_read_only_views_of_its_bytes():
     message = request()
-    found = PLAIN.inputs(message)
+    found = taken(message)
     assert found
     inputs, rows = found
     assert rows == 3
@@ -73,7 +81,7 @@ def test_a_plain_request_gives_read_only_views_of_its_bytes():
 
 
 def test_whatever_it_takes_of_broken_requests_the_general_path_takes_alike():
-    rng, wire, taken = random.Random(0), request().SerializeToString(), 0
+    rng, wire, count = random.Random(0), request().SerializeToString(), 0
     for _ in range(3000):
         content = bytearray(wire)
         for _ in range(rng.randint(1, 2)):
@@ -83,12 +91,12 @@ def test_whatever_it_takes_of_broken_requests_the_general_path_takes_alike():
             message = ModelInferRequest.FromString(bytes(content))
         except DecodeError:
             continue
-        if found := PLAIN.inputs(message):
-            taken += 1
+        if found := taken(message):
+            count += 1
             inputs, rows = general(message)
             assert rows == found[1]
             assert all(np.array_equal(inputs[name], found[0][name]) for name in inputs)
-    assert taken > 100
+    assert count > 100
 
 
 def shaped(tensor: ModelInferRequest.InferInputTensor, *sizes: int) -> None:
@@ -124,14 +132,14 @@ def test_any_doubt_leaves_a_request_to_the_general_path(change):
     message = request()
     CHANGES[change](message)
     assert message != request()
-    assert PLAIN.inputs(message) is None
+    assert taken(message) is None
 
 
 def test_no_rows_and_more_rows_than_an_answer_holds_are_left_to_the_general_path():
-    assert PLAIN.inputs(request(0)) is None
+    assert taken(request(0)) is None
     small = Plain(MANIFEST, (64 << 10) + 4 * 9, 1 << 18)
-    assert small.inputs(request(4))
-    assert small.inputs(request(5)) is None
+    assert taken(request(4), small)
+    assert taken(request(5), small) is None
 
 
 @pytest.mark.parametrize(
@@ -140,31 +148,101 @@ def test_no_rows_and_more_rows_than_an_answer_holds_are_left_to_the_general_path
         TensorSpec(name="x", datatype="BOOL", shape=(-1, 2)),
         TensorSpec(name="x", datatype="BYTES", shape=(-1, 2)),
         TensorSpec(name="x", datatype="BF16", shape=(-1, 2)),
-        TensorSpec(name="x", datatype="FP32", shape=(-1, -1)),
     ],
     ids=str,
 )
 def test_models_whose_inputs_take_more_than_a_view_have_no_plain_requests(spec):
     message = ModelInferRequest(model_name="m", raw_input_contents=[bytes(8)])
     message.inputs.add(name="x", datatype=spec.datatype, shape=[1, 2])
-    assert Plain(manifest(x=spec), 1 << 20, 1 << 18).inputs(message) is None
+    assert taken(message, Plain(manifest(x=spec), 1 << 20, 1 << 18)) is None
 
 
-def test_the_answer_holds_every_output_in_order_the_parts_joined():
-    parts = [
-        Answer({"y": np.full((rows, 2), rows, "f4"), "n": np.full(rows, rows, "i1")}, {}, 0, 0, 0) for rows in (2, 1)
-    ]
-    response = ModelInferResponse()
-    PLAIN.fill(response, request(), parts, Answered([], 5, 6, 7))
-    assert {name: each.int64_param for name, each in response.parameters.items()} == {
-        "queue_ns": 5,
-        "compute_ns": 6,
-        "batch_rows": 7,
-    }
-    assert (response.model_name, response.model_version, response.id) == ("m", "3", "7")
-    assert [(output.name, output.datatype, list(output.shape)) for output in response.outputs] == [
-        ("y", "FP32", [3, 2]),
-        ("n", "INT8", [3]),
-    ]
-    assert np.frombuffer(response.raw_output_contents[0], "f4").tolist() == [2, 2, 2, 2, 1, 1]
-    assert response.raw_output_contents[1] == b"\x02\x02\x01"
+def answer_of(
+    rows: int, times: tuple[int, int, int], identifier: str = "7", **outputs: np.ndarray
+) -> ModelInferResponse:
+    content = Template(MANIFEST, rows).answer(id_field(ModelInferRequest(id=identifier)), outputs, *times)
+    return ModelInferResponse.FromString(content)
+
+
+def filled(rows: int, times: tuple[int, int, int], identifier: str, **outputs: np.ndarray) -> ModelInferResponse:
+    """The same as the general path fills it."""
+    response = ModelInferResponse(model_name="m", model_version="3", id=identifier)
+    fill_outputs(response, [(spec.name, spec.datatype, outputs[spec.name]) for spec in MANIFEST.outputs], typed=False)
+    tell_times(response, Answered([], *times))
+    return response
+
+
+@pytest.mark.parametrize("identifier", ["", "7", "ü" * 300])
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("power", [0, 7, 14, 35, 62])
+def test_the_answer_is_what_the_general_path_fills(rows, identifier, power):
+    times = ((1 << power) - 1, 1 << power, rows)
+    outputs = {"y": np.arange(rows * 2, dtype="f4").reshape(rows, 2), "n": np.arange(rows).astype("i1")}
+    assert answer_of(rows, times, identifier, **outputs) == filled(rows, times, identifier, **outputs)
+
+
+def test_an_answer_tells_the_times_of_its_own_batch():
+    template, outputs = Template(MANIFEST, 1), {"y": np.ones((1, 2), "f4"), "n": np.ones(1, "i1")}
+    for times in ((1, 2, 3), (1, 2, 4), (9, 5, 4), (1, 2, 3)):
+        answer = ModelInferResponse.FromString(template.answer(b"", outputs, *times))
+        assert [answer.parameters[name].int64_param for name in ("queue_ns", "compute_ns", "batch_rows")] == [*times]
+
+
+def test_a_model_that_gives_other_shapes_than_it_says_is_answered_as_on_the_general_path():
+    outputs = {"y": np.ones((3, 5), "f4"), "n": np.arange(6, dtype="i1")[::2]}
+    assert answer_of(3, (1, 2, 3), **outputs) == filled(3, (1, 2, 3), "7", **outputs)
+    with pytest.raises(CodecError, match="FP32 is encoded from float32"):
+        answer_of(3, (1, 2, 3), y=np.ones((3, 2)), n=np.ones(3, "i1"))
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "FP32", "FP64", "INT8", "INT32", "INT64", "UINT8", "UINT64"])
+@pytest.mark.parametrize(
+    "bounds", [(0, 1), (0, 100), (0, 0), (0, -0.0), (0, 0.1), (-1, 1), (-0.0, 3), (0, 3e4), (5, 7)]
+)
+def test_a_range_is_checked_as_the_general_path_does(datatype, bounds):
+    spec = TensorSpec(name="x", datatype=datatype, shape=(-1,), range=bounds)
+    dtype = DATATYPES[datatype]
+    values = [0, 1, 2, 5, 6, 7, 100, 101, 127]
+    if dtype.kind == "f":
+        near = [np.nextafter(dtype.type(value), dtype.type(side)) for value in (0, 1, 5, 100) for side in (-6e4, 6e4)]
+        values += [-0.0, 0.1, -0.1, np.nan, -np.nan, np.inf, -np.inf, *near]
+    elif dtype.kind == "i":
+        values += [-1, -128, np.iinfo(dtype).min]
+    check = check_of(spec)
+    assert check
+    for value in [*values, *([np.iinfo(dtype).max] if dtype.kind in "iu" else [])]:
+        array = np.array([dtype.type(0), dtype.type(value)][bounds[0] == 5 :], dtype)
+        right = not (_outside(spec, array))
+        assert check(array.tobytes()) == right, value
+
+
+TOKENS = manifest(
+    ids=TensorSpec(name="ids", datatype="INT64", shape=(-1, -1), range=(0, 99), pad=0, max_length=8),
+    mask=TensorSpec(name="mask", datatype="INT64", shape=(-1, -1), range=(0, 1), pad=0),
+)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "right"),
+    [
+        ((2, 3), (2, 3), True),
+        ((1, 8), (1, 8), True),
+        ((1, 9), (1, 9), False),
+        ((2, 3), (2, 4), False),
+        ((2, 3), (3, 3), False),
+        ((2, 0), (2, 0), False),
+        ((0, 3), (0, 3), False),
+        ((6,), (6,), False),
+        ((2, 3, 1), (2, 3, 1), False),
+    ],
+)
+def test_inputs_with_a_length_are_taken_when_they_are_what_the_general_path_takes(ids, mask, right):
+    message = ModelInferRequest(model_name="m")
+    for name, shape in (("ids", ids), ("mask", mask)):
+        message.inputs.add(name=name, datatype="INT64", shape=shape)
+        message.raw_input_contents.append(np.ones(shape, "i8").tobytes())
+    found = taken(message, Plain(TOKENS, 1 << 20, 1 << 18))
+    assert bool(found) == right
+    if found:
+        assert check_inputs(TOKENS, decode_inputs(message), dict.fromkeys(found[0], "INT64")) == found[1]
+        assert [array.shape for array in found[0].values()] == [ids, mask]

@@ -21,7 +21,7 @@ from layercast.server.errors import DeadlineCancelled, InvalidArgument, ServingE
 from layercast.server.layers import check_feature_bytes, check_size, reduced_datatype
 from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.model import ServedModel
-from layercast.server.monitor import Kind, Spent
+from layercast.server.monitor import Kind
 from layercast.server.repository import Repository
 from layercast.server.service import scopes
 from layercast.server.service.call import Call
@@ -50,9 +50,9 @@ class Timer:
     """The stages of one request, in nanoseconds since it came."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter_ns()
-        self._decoded = self._start
-        self._ran = self._start
+        self.start = time.perf_counter_ns()
+        self._decoded = self.start
+        self._ran = self.start
         self._answered: Answered | None = None
 
     def decoded(self) -> None:
@@ -63,15 +63,11 @@ class Timer:
         """The answer came back from the batcher."""
         self._ran, self._answered = time.perf_counter_ns(), answered
 
-    def elapsed(self) -> int:
-        """Nanoseconds since the request came."""
-        return time.perf_counter_ns() - self._start
-
-    def spent(self) -> Spent:
-        """Where the time went, the request being answered now."""
+    def spent(self) -> tuple[int, int, int, int, int]:
+        """Where the time went, the request being answered now: in all, decoding, in the queue, computing, encoding."""
         now, answered = time.perf_counter_ns(), self._answered
         queue, compute = (answered.queue_ns, answered.compute_ns) if answered else (0, 0)
-        return Spent(now - self._start, self._decoded - self._start, queue, compute, now - self._ran)
+        return now - self.start, self._decoded - self.start, queue, compute, now - self._ran
 
 
 class Counting:
@@ -89,35 +85,45 @@ class Counting:
         self._timer = Timer()
 
     def __enter__(self) -> Timer:
-        return self.begin()
-
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.end(error)
-
-    def begin(self) -> Timer:
-        """Keep the model; `end` must follow."""
-        self._model.hold()
-        self._model.monitor.inflight.add(1)
+        begin(self._model)
         return self._timer
 
-    def end(self, error: BaseException | None) -> None:
-        """Count the request, which ended with `error` or with an answer."""
-        model, timer = self._model, self._timer
-        model.let_go()
-        model.monitor.inflight.add(-1)
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
-            model.monitor.succeeded(self._kind, timer.spent())
-        elif code := self._code(error):
-            model.monitor.failed(self._kind, code, timer.elapsed())
+            succeeded(self._model, self._kind, *self._timer.spent())
+        else:
+            failed(self._model, self._kind, error, self._timer.start, self._late)
 
-    def _code(self, error: BaseException) -> str:
-        """Return the status that a request with this end is counted under, "" for what ends the whole process."""
-        if isinstance(error, ServingError):
-            return error.code.name
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
-            over = isinstance(error, DeadlineCancelled) or asyncio.get_running_loop().time() >= self._late
-            return "DEADLINE_EXCEEDED" if over else "CANCELLED"
-        return "INTERNAL" if isinstance(error, Exception) else ""
+
+def begin(model: ServedModel) -> None:
+    """Keep the model for a request, of which `succeeded` or `failed` must tell the end."""
+    model.hold()
+    model.monitor.inflight.add(1)
+
+
+def succeeded(model: ServedModel, kind: Kind, total: int, decode: int, queue: int, compute: int, encode: int) -> None:
+    """Count a request that was answered, and where its nanoseconds went."""
+    model.let_go()
+    model.monitor.inflight.add(-1)
+    model.monitor.succeeded(kind, total, decode, queue, compute, encode)
+
+
+def failed(model: ServedModel, kind: Kind, error: BaseException, start: int, late: float = math.inf) -> None:
+    """Count a request that came at `start` and ended with `error`; see `Answering.counted` about `late`."""
+    model.let_go()
+    model.monitor.inflight.add(-1)
+    if code := _code(error, late):
+        model.monitor.failed(kind, code, time.perf_counter_ns() - start)
+
+
+def _code(error: BaseException, late: float) -> str:
+    """Return the status that a request with this end is counted under, "" for what ends the whole process."""
+    if isinstance(error, ServingError):
+        return error.code.name
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        over = isinstance(error, DeadlineCancelled) or asyncio.get_running_loop().time() >= late
+        return "DEADLINE_EXCEEDED" if over else "CANCELLED"
+    return "INTERNAL" if isinstance(error, Exception) else ""
 
 
 class Answering:

@@ -1,5 +1,6 @@
 """ModelInfer of the Open Inference Protocol (KServe v2) with Triton's extensions, free of any transport."""
 
+import time
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -14,10 +15,13 @@ from layercast.server.service import scopes
 from layercast.server.service.answering import LARGE, Answered, Answering, Timer, decoding, off_loop, tell_times, timed
 from layercast.server.service.call import Call
 from layercast.server.service.classification import Classes, classified, resolve_classes
+from layercast.server.service.form import Form
+from layercast.server.service.heads import Heads, Known
 from layercast.server.service.parameters import asks_raw, check_parameters
 from layercast.server.service.plain import Plain
-from layercast.server.service.requests import Wanted, check_inputs, resolve_outputs, warnings
+from layercast.server.service.requests import Wanted, check_inputs, join, resolve_outputs, warnings
 from layercast.server.service.short import Short, Told
+from layercast.server.service.template import id_field
 from layercast.server.work import Array, Terms
 
 
@@ -38,6 +42,7 @@ class InferenceService:
 
     def __init__(self, answering: Answering) -> None:
         self._answering = answering
+        self._heads = Heads(answering.ready_model)
         self._plain: WeakKeyDictionary[ServedModel, Plain] = WeakKeyDictionary()
 
     async def model_infer(self, request: ModelInferRequest, call: Call) -> ModelInferResponse:
@@ -54,20 +59,28 @@ class InferenceService:
         """Begin to answer a serialised request if it is plain and right in every way; else do nothing, return None."""
         if len(raw) >= LARGE or not scopes.has(scopes.PREDICT):
             return None
+        known = self._heads.known(raw) or self._parsed(raw)
+        if known is None:
+            return None
+        start = time.perf_counter_ns()
+        inputs = known.form.inputs(known.contents)
+        if inputs is None:
+            return None
+        short = Short(known, start, call)
+        short.queue(inputs, Terms(deadline, peer=peer))
+        return short
+
+    def _parsed(self, raw: bytes) -> Known | None:
         try:
             request = ModelInferRequest.FromString(raw)
         except DecodeError:
             return None
         model = self._answering.ready_model(request.model_name, request.model_version)
-        if model is None:
+        form = self._plain_of(model).form(request) if model else None
+        if model is None or form is None or form.rows > model.loaded.settings.max_batch:
             return None
-        plain = self._plain_of(model)
-        found = plain.inputs(request)
-        if found is None or found[1] > model.loaded.settings.max_batch:
-            return None
-        short = Short(model, plain, request, call)
-        short.queue(model, *found, Terms(deadline, peer=peer))
-        return short
+        self._heads.learn(raw, request, model, form)
+        return Known(model, form, id_field(request), request.raw_input_contents)
 
     async def infer_into(self, response: ModelInferResponse, request: ModelInferRequest, call: Call) -> None:
         """Answer `request` in the empty message `response`: one inside another message needs no copy this way."""
@@ -79,8 +92,12 @@ class InferenceService:
             model.batcher.check_room(_claimed_rows(request), call.peer)
             plain = self._plain_of(model)
             # What is large is decoded and encoded in another thread, by the general path.
-            if call.size < LARGE and (found := plain.inputs(request)):
-                await self._answer_plain(response, request, model, plain, found, call, timer)
+            if (
+                call.size < LARGE
+                and (form := plain.form(request))
+                and (inputs := form.inputs(request.raw_input_contents))
+            ):
+                await self._answer_plain(response, request, model, form, inputs, call, timer)
                 return
             asked = await off_loop(call.size, self._decode, model, request)
             timer.decoded()
@@ -102,17 +119,19 @@ class InferenceService:
         response: ModelInferResponse,
         request: ModelInferRequest,
         model: ServedModel,
-        plain: Plain,
-        found: tuple[dict[str, Array], int],
+        form: Form,
+        inputs: dict[str, Array],
         call: Call,
         timer: Timer,
     ) -> None:
         scopes.require(scopes.PREDICT, to="asking for outputs")
         timer.decoded()
-        answers = await model.run(*found, (), True, Terms(call.deadline, peer=call.peer))
+        answers = await model.run(inputs, form.rows, (), True, Terms(call.deadline, peer=call.peer))
         answered = timed([], answers)
         timer.ran(answered)
-        plain.fill(response, request, answers, answered)
+        outputs = {name: join([answer.outputs[name] for answer in answers]) for name in answers[0].outputs}
+        times = answered.queue_ns, answered.compute_ns, answered.batch_rows
+        response.MergeFromString(form.template.answer(id_field(request), outputs, *times))
 
     def _decode(self, model: ServedModel, request: ModelInferRequest) -> _Asked:
         manifest = model.manifest

@@ -1,15 +1,14 @@
 """A plain request on its way without a task: queued as soon as it is read, answered as soon as its rows have run."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from layercast.proto.messages import ModelInferRequest
 from layercast.server.batching.waiting import Waiting
 from layercast.server.errors import DeadlineCancelled
-from layercast.server.model import ServedModel
-from layercast.server.service.answering import Counting, timed
-from layercast.server.service.plain import Plain
+from layercast.server.service.answering import begin, failed, succeeded
+from layercast.server.service.heads import Known
 from layercast.server.work import Answer, Array, Terms
 
 
@@ -30,43 +29,50 @@ class Told(Protocol):
 
 
 class Short:
-    """One request, counted and queued; the asker of its work."""
+    """One request, counted and queued; the asker of its work. It came at `start`."""
 
-    __slots__ = ("_call", "_counting", "_plain", "_request", "_timer", "_waiting")
+    __slots__ = ("_call", "_decoded", "_done", "_known", "_start", "_waiting")
 
-    def __init__(self, model: ServedModel, plain: Plain, request: ModelInferRequest, call: Told) -> None:
+    def __init__(self, known: Known, start: int, call: Told) -> None:
         call.begun()
-        self._counting: Counting | None = Counting(model, "predict")
-        self._timer = self._counting.begin()
-        self._plain = plain
-        self._request = request
+        begin(known.model)
+        self._known = known
         self._call = call
+        self._start = self._decoded = start
         self._waiting: Waiting | None = None
+        self._done = False
 
-    def queue(self, model: ServedModel, inputs: Mapping[str, Array], rows: int, terms: Terms) -> None:
+    def queue(self, inputs: Mapping[str, Array], terms: Terms) -> None:
         """Queue the rows, no more than the model's largest batch; what refuses them is told as any other end."""
-        self._timer.decoded()
+        model, form = self._known.model, self._known.form
+        self._decoded = time.perf_counter_ns()
         try:
-            model.batcher.check_room(rows, terms.peer)
-            self._waiting = model.enqueue(inputs, rows, terms, self)
+            model.batcher.check_room(form.rows, terms.peer)
+            if form.group is None:
+                form.group = model.group(inputs)
+            self._waiting = model.enqueue(inputs, form.rows, form.group, terms, self)
         except Exception as error:
             self._fail(error)
 
     def done(self) -> bool:
         """Tell whether the request has ended."""
-        return self._counting is None
+        return self._done
 
     def set_result(self, answer: Answer) -> None:
         """Encode the answer and tell the call."""
+        ran, known = time.perf_counter_ns(), self._known
+        queue_ns, compute_ns = answer.queue_ns, answer.compute_ns
         try:
-            answered = timed([], [answer])
-            self._timer.ran(answered)
-            content = self._plain.response(self._request, [answer], answered)
+            content = known.form.template.answer(
+                known.id_field, answer.outputs, queue_ns, compute_ns, answer.batch_rows
+            )
         except Exception as error:
             self._fail(error)
-        else:
-            self._over(None)
-            self._call.answered(content)
+            return
+        self._over()
+        now, start = time.perf_counter_ns(), self._start
+        succeeded(known.model, "predict", now - start, self._decoded - start, queue_ns, compute_ns, now - ran)
+        self._call.answered(content)
 
     def set_exception(self, error: Exception) -> None:
         """Tell the call that there is no answer."""
@@ -76,19 +82,20 @@ class Short:
 
     def cancel(self, late: bool) -> None:
         """The caller has gone, or else (`late`) its deadline is over. Nothing is told any more, and no row waits."""
-        if self._counting:
-            if self._waiting:
-                self._waiting.left(late)
-            self._over(DeadlineCancelled() if late else asyncio.CancelledError())
-            self._call.left(late)
+        if self._done:
+            return
+        if self._waiting:
+            self._waiting.left(late)
+        self._over()
+        failed(self._known.model, "predict", DeadlineCancelled() if late else asyncio.CancelledError(), self._start)
+        self._call.left(late)
 
     def _fail(self, error: Exception) -> None:
-        self._over(error)
+        self._over()
+        failed(self._known.model, "predict", error, self._start)
         self._call.failed(error)
 
-    def _over(self, error: BaseException | None) -> None:
-        counting, self._counting = self._counting, None
+    def _over(self) -> None:
+        self._done = True
         if self._waiting:
             self._waiting.over()
-        if counting:
-            counting.end(error)
