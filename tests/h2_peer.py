@@ -1,6 +1,5 @@
 """A client of HTTP/2 that builds and reads frames by hand, so that it can send what no client of a library would."""
 
-import base64
 import socket
 import ssl
 import struct
@@ -133,8 +132,6 @@ class Peer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Sending
-
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)
 
@@ -188,8 +185,6 @@ class Peer:
             size = min(piece, self.window(stream), len(body) - at)
             self.spend(stream, body[at : at + size], end and at + size == len(body))
             at += size
-
-    # Reading
 
     def read(self) -> Frame | None:
         """Return the next frame; None when the server has closed."""
@@ -306,8 +301,3 @@ def call_headers(name: str, *more: tuple[str, str], **replaced: str | None) -> l
     for key, value in replaced.items():
         given[f":{key}" if f":{key}" in given else key.replace("_", "-")] = value
     return [(key, value) for key, value in given.items() if value is not None] + list(more)
-
-
-def unpacked(value: str) -> bytes:
-    """Return what a field whose name ends in `-bin` holds."""
-    return base64.b64decode(value + "=" * (-len(value) % 4))
