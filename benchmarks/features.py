@@ -75,7 +75,7 @@ def measure(name: str, runner: Runner, seconds: float) -> None:
     inputs: Inputs = {n: t.numpy() for n, t in examples.make(ROWS, examples.lengths()[-1]).items()}
     pooled = [Tap(TAPS[name], "mean")]
     every = [Tap(layer.path, "mean") for layer in eager.manifest.layers if layer.available]
-    work = Work(inputs, ROWS, None, None)  # type: ignore[arg-type]  # nobody waits for it
+    work = Work(inputs, ROWS, None)
     exits = {layer: partial(eager.tapped, inputs, [Tap(layer, "mean")], predict=False) for layer in EARLY[name]}
     plain = partial(eager.run, inputs)
     found = medians(

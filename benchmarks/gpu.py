@@ -95,7 +95,7 @@ async def _served(model: ServedModel, size: int) -> None:
 
     async def ask() -> None:
         while time.perf_counter() < until:
-            work = Work(one, 1, "k", model.batcher.future(), bytes=sum(array.nbytes for array in one.values()))
+            work = Work(one, 1, "k", bytes=sum(array.nbytes for array in one.values()))
             await model.batcher.submit([work])
 
     wall, processor = time.perf_counter(), time.process_time()

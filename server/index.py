@@ -68,37 +68,43 @@ class Index:
         Raises NotFound for an unknown model or version, InvalidArgument for a version that is no number, Unavailable
         for one that is known but not ready.
         """
+        model = self.ready_model(name, version)
+        if model is None:
+            raise self._not_ready(name, version)
+        return model
+
+    def ready_model(self, name: str, version: str) -> ServedModel | None:
+        """Return the model that `find` returns, None where that raises."""
+        if not version:
+            return self._newest(name)
+        entry = self._models.get(name, {}).get(int(version)) if disk.is_version(version) else None
+        return entry.model if entry else None
+
+    def _newest(self, name: str) -> ServedModel | None:
+        versions = self._models.get(name, {})
+        newest = max((number for number, version in versions.items() if version.model), default=0)
+        return versions[newest].model if newest else None
+
+    def _not_ready(self, name: str, version: str) -> ServingError:
         versions = self._models.get(name)
         if versions is None:
-            raise self._unknown(name)
+            return self._unknown(name)
         if not version:
-            newest = self._newest(name)
-            if newest is None:
-                raise Unavailable(
-                    f"model {name!r} has no ready version: {self._why(versions)}",
-                    retry_after=_retry(*versions.values()),
-                )
-            return newest
+            why = self._why(versions)
+            return Unavailable(f"model {name!r} has no ready version: {why}", retry_after=_retry(*versions.values()))
         if not disk.is_version(version):
-            raise InvalidArgument(
+            return InvalidArgument(
                 f"model_version must be a positive whole number without leading zeros, got {quoted(version)}",
                 field="model_version",
             )
         entry = versions.get(int(version))
         if entry is None:
             known = ", ".join(str(number) for number in sorted(versions))
-            raise NotFound(f"model {name!r} has no version {version}; known: {known}", field="model_version")
-        if entry.model is None:
-            raise Unavailable(
-                f"version {version} of model {name!r} is not ready: {entry.reason or entry.state.lower()}",
-                retry_after=_retry(entry),
-            )
-        return entry.model
-
-    def _newest(self, name: str) -> ServedModel | None:
-        versions = self._models.get(name, {})
-        newest = max((number for number, version in versions.items() if version.model), default=0)
-        return versions[newest].model if newest else None
+            return NotFound(f"model {name!r} has no version {version}; known: {known}", field="model_version")
+        return Unavailable(
+            f"version {version} of model {name!r} is not ready: {entry.reason or entry.state.lower()}",
+            retry_after=_retry(entry),
+        )
 
     @staticmethod
     def _why(versions: dict[int, Version]) -> str:

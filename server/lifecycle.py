@@ -31,6 +31,7 @@ from layercast.server.service.metadata import MetadataService
 from layercast.server.service.steering import SteeringService
 from layercast.server.service.streaming import StreamService
 from layercast.server.settings import Settings
+from layercast.server.transport.direct.front_end import DirectFrontEnd
 from layercast.server.transport.envoy.front_end import EnvoyFrontEnd
 from layercast.server.transport.front_end import FrontEnd
 from layercast.server.transport.grpcio import GrpcFrontEnd
@@ -88,7 +89,7 @@ class Server:
             self._grpc = self._http = EnvoyFrontEnd(*given, web)
         else:
             tls = security.certificates.context if security.certificates else None
-            self._grpc = GrpcFrontEnd(*given)
+            self._grpc = DirectFrontEnd(*given) if settings.front_end == "direct" else GrpcFrontEnd(*given)
             self._http = HttpFrontEnd(web, "HTTP", "--http-port", tls)
         scraped = metrics_application(self.metrics, rest)
         self._metrics_http = HttpFrontEnd(scraped, "metrics", "--metrics-port")

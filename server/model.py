@@ -13,6 +13,7 @@ from layercast.models.edits import Planned
 from layercast.models.manifest import WEIGHTS_FILE, Manifest
 from layercast.server.batching.batcher import Batcher
 from layercast.server.batching.policy import Limits
+from layercast.server.batching.waiting import Waiting
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.tapped import TappedEngine
 from layercast.server.errors import InvalidArgument
@@ -20,7 +21,7 @@ from layercast.server.monitor import ModelMonitor
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
 from layercast.server.streams import OpenStreams
-from layercast.server.work import Answer, Array, Tap, Terms, Work
+from layercast.server.work import Answer, Array, Asker, Tap, Terms, Work
 
 T = TypeVar("T")
 
@@ -149,6 +150,12 @@ class ServedModel:
         works = [self._work(part, count, taps, predict, edits) for part, count in _parts(inputs, rows, most)]
         return await self.batcher.submit(works, terms)
 
+    def enqueue(self, inputs: Mapping[str, Array], rows: int, terms: Terms, asker: Asker) -> Waiting:
+        """Queue rows for the model's outputs, no more than the largest batch, to be answered through `asker`."""
+        work = self._work(inputs, rows, (), True, ())
+        work.asker = asker
+        return self.batcher.enqueue([work], terms)
+
     def _work(
         self,
         inputs: Mapping[str, Array],
@@ -166,7 +173,7 @@ class ServedModel:
             key = ("steered", key)
         length = inputs[self._padded].shape[1] if self._padded else 0
         size = sum(map(_bytes, inputs.values()))
-        return Work(inputs, rows, key, self.batcher.future(), size, length, taps, predict, edits)
+        return Work(inputs, rows, key, size, length, taps, predict, edits)
 
     def _key(self, inputs: Mapping[str, Array], exact: bool) -> Hashable:
         """Return what must be equal for rows to share a forward; token counts only roughly, unless `exact`.

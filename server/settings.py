@@ -162,7 +162,7 @@ class Settings(ModelSettings, BaseSettings):
     grpc_port: int = Field(default=8001, ge=0, le=65_535, description="gRPC port; 0 takes a free one")
     http_port: int = Field(default=8000, ge=0, le=65_535, description="HTTP port: REST v2, metrics; 0 takes a free one")
     metrics_port: int = Field(default=8002, ge=0, le=65_535, description="Prometheus port; 0 takes a free one")
-    front_end: Literal["grpcio", "envoy"] = Field(
+    front_end: Literal["grpcio", "envoy", "direct"] = Field(
         default="grpcio", description="what speaks to the network; envoy needs layercast[envoy]"
     )
     max_message_mb: int = Field(default=64, ge=1, le=2047, description="largest message either way, MiB")

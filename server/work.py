@@ -1,9 +1,8 @@
 """What travels from the service to the batcher and back: rows to run, on what terms, and each request's own answer."""
 
-import asyncio
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Protocol
 
 from numpy.typing import NDArray
 
@@ -67,24 +66,51 @@ class Terms:
     course: Course | None = None
 
 
+class Asker(Protocol):
+    """Who waits for a work's answer: told its end once, on the event loop. An asyncio future is one."""
+
+    def done(self) -> bool:
+        """Tell whether it waits no more."""
+
+    def set_result(self, result: Answer, /) -> None:
+        """Take the answer."""
+
+    def set_exception(self, exception: Exception, /) -> None:
+        """Take the reason why there is none."""
+
+
+class _Nobody:
+    def done(self) -> bool:
+        return True
+
+    def set_result(self, result: Answer, /) -> None: ...
+
+    def set_exception(self, exception: Exception, /) -> None: ...
+
+
+NOBODY: Final[Asker] = _Nobody()
+"""Asks for works whose answer nobody waits for, or not any more."""
+
+
 @dataclass(slots=True, eq=False)
 class Work:
     """Rows of one request. `key` says which works may share a forward.
 
     `bytes` is the size of the inputs, `length` the size of the dimension that is padded when lengths differ (0 where
-    there is none). `edits` change layers for these rows alone. What follows them is the batcher's: `parts` are the
-    works of the same request, itself included; times are nanoseconds on `time.perf_counter_ns`'s clock.
+    there is none). `edits` change layers for these rows alone. `asker` is set by who queues it. What follows is the
+    batcher's: `parts` are the works of the same request, itself included; times are nanoseconds on
+    `time.perf_counter_ns`'s clock.
     """
 
     inputs: Mapping[str, Array]
     rows: int
     key: Hashable
-    future: "asyncio.Future[Answer]"
     bytes: int = 0
     length: int = 0
     taps: tuple[Tap, ...] = ()
     predict: bool = True
     edits: tuple[Planned, ...] = ()
+    asker: Asker = NOBODY
     parts: "Sequence[Work]" = ()
     peer: str = ""
     course: Course | None = None
@@ -95,7 +121,7 @@ class Work:
 
     def alive(self, now: int) -> bool:
         """Tell whether somebody still waits for the answer."""
-        return not self.future.done() and (self.expires is None or now < self.expires)
+        return not self.asker.done() and (self.expires is None or now < self.expires)
 
     def answer(self, own: Rows, compute_ns: int, batch_rows: int) -> Answer:
         """Return the answer: its `own` rows of a batch of so many."""

@@ -100,7 +100,7 @@ async def batching(
 
 def work(batcher: Batcher, *values: float, key: str = "k") -> Work:
     x = np.array(values, "f4")[:, None]
-    return Work({"x": x}, len(values), key, batcher.future(), bytes=x.nbytes)
+    return Work({"x": x}, len(values), key, bytes=x.nbytes)
 
 
 async def ask(batcher: Batcher, *values: float, key: str = "k", **terms: Any) -> list[float]:

@@ -74,11 +74,15 @@ class Shelf:
         self.models = {(model.manifest.name, model.manifest.version): model for model in models}
 
     def find(self, name: str, version: str) -> ServedModel:
+        model = self.ready_model(name, version)
+        if model is None:
+            raise NotFound(f"no {name!r} {version!r}", field="model_name")
+        return model
+
+    def ready_model(self, name: str, version: str) -> ServedModel | None:
         found = [(number, model) for (known, number), model in self.models.items() if known == name]
         found = [(number, model) for number, model in found if version in ("", str(number))]
-        if not found:
-            raise NotFound(f"no {name!r} {version!r}", field="model_name")
-        return max(found, key=lambda pair: pair[0])[1]
+        return max(found, key=lambda pair: pair[0])[1] if found else None
 
     def versions(self) -> list[Version]:
         return [Version(name, number, "READY", "", model) for (name, number), model in sorted(self.models.items())]

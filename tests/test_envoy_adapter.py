@@ -9,7 +9,7 @@ import pytest
 from starlette.applications import Starlette
 
 from layercast.server.transport.envoy.adapter import Adapter
-from layercast.server.transport.envoy.framing import framed
+from layercast.server.transport.framing import framed
 
 LIMIT = 1000
 

@@ -151,8 +151,7 @@ async def test_memory_that_runs_out_halves_the_batch_and_refuses_only_the_culpri
         batcher.hold()
         x = rows_for("resnet", 4096)
         works = [
-            Work({"image": x[:rows]}, rows, "k", batcher.future(), taps=(tap,), predict=False)
-            for rows in (128, 128, 128, 128, 2048)
+            Work({"image": x[:rows]}, rows, "k", taps=(tap,), predict=False) for rows in (128, 128, 128, 128, 2048)
         ]
         asked = [asyncio.create_task(batcher.submit([one])) for one in works]
         await until(lambda: recorder.waiting == 2560)

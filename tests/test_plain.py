@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from layercast.models.manifest import FileEntry, Manifest, TensorSpec
 from layercast.proto.codec import decode_inputs, is_typed
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
+from layercast.server.service.answering import Answered
 from layercast.server.service.parameters import check_parameters
 from layercast.server.service.plain import Plain
 from layercast.server.service.requests import check_inputs, warnings
@@ -154,7 +155,12 @@ def test_the_answer_holds_every_output_in_order_the_parts_joined():
         Answer({"y": np.full((rows, 2), rows, "f4"), "n": np.full(rows, rows, "i1")}, {}, 0, 0, 0) for rows in (2, 1)
     ]
     response = ModelInferResponse()
-    PLAIN.fill(response, request(), parts)
+    PLAIN.fill(response, request(), parts, Answered([], 5, 6, 7))
+    assert {name: each.int64_param for name, each in response.parameters.items()} == {
+        "queue_ns": 5,
+        "compute_ns": 6,
+        "batch_rows": 7,
+    }
     assert (response.model_name, response.model_version, response.id) == ("m", "3", "7")
     assert [(output.name, output.datatype, list(output.shape)) for output in response.outputs] == [
         ("y", "FP32", [3, 2]),

@@ -1,8 +1,7 @@
 """The queue as plain data: order, groups, turns between peers, priorities, withdrawal, and what each costs."""
 
-import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,18 +13,14 @@ Make = Callable[..., Work]
 
 
 @pytest.fixture(name="make")
-def _make() -> Iterator[Make]:
-    loop = asyncio.new_event_loop()
+def _make() -> Make:
     clock = iter(range(1, 1_000_000))
 
     def make(rows: int, key: str = "a", peer: str = "", priority: int = 1) -> Work:
         inputs = {"x": np.zeros((rows, 1), "f4")}
-        return Work(
-            inputs, rows, key, loop.create_future(), 4 * rows, peer=peer, priority=priority, arrived=next(clock)
-        )
+        return Work(inputs, rows, key, 4 * rows, peer=peer, priority=priority, arrived=next(clock))
 
-    yield make
-    loop.close()
+    return make
 
 
 def filled(works: list[Work], ripe: int = 8) -> Queue:

@@ -68,7 +68,7 @@ class WritesItsInput(nn.Module):
 
 def work(array: np.ndarray, taps: tuple[Tap, ...] = ()) -> Work:
     array.flags.writeable = False
-    return Work({"x": array}, len(array), None, None, taps=taps)  # type: ignore[arg-type]
+    return Work({"x": array}, len(array), None, taps=taps)
 
 
 @pytest.fixture(params=[1, 1 << 62], ids=["reused", "fresh"])

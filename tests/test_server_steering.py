@@ -284,7 +284,7 @@ def test_in_one_forward_the_rows_of_others_are_the_same_to_the_last_bit(steering
 
     def works(own) -> list[Work]:
         xs = [rng.random((2, 3, 32, 32), "f4") for rng in map(np.random.default_rng, range(3))]
-        return [Work({"image": x}, 2, "key", None, taps=(tap,), edits=own if i == 1 else ()) for i, x in enumerate(xs)]
+        return [Work({"image": x}, 2, "key", taps=(tap,), edits=own if i == 1 else ()) for i, x in enumerate(xs)]
 
     plain, changed = runner(works(())), runner(works((planned,)))
     for at in (0, 2):

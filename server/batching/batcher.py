@@ -16,9 +16,10 @@ from layercast.server.batching.gather import Batch, gather, ripe_rows
 from layercast.server.batching.instance import Ran, Run
 from layercast.server.batching.pace import Pace
 from layercast.server.batching.patience import Patience
-from layercast.server.batching.policy import Limits, Observer, Phase, Reason, executed, slack_of
+from layercast.server.batching.policy import Limits, Observer, Phase, Reason, executed, late_from
 from layercast.server.batching.queue import Queue
-from layercast.server.errors import DeadlineCancelled, DeadlineExceeded, Unavailable
+from layercast.server.batching.waiting import Waiting
+from layercast.server.errors import DeadlineCancelled, Unavailable
 from layercast.server.work import Answer, Course, Terms, Work
 
 _NOW = Terms()
@@ -53,9 +54,6 @@ class Batcher:
         self._patience = Patience()
         self._held = self._draining = self._closed = self._hurried = False
         self._settled = asyncio.Event()
-        # For works that nobody waits for any more.
-        self._nobody = self.future()
-        self._nobody.cancel()
 
     @property
     def limits(self) -> Limits:
@@ -77,10 +75,6 @@ class Batcher:
         """Rows that wait now."""
         return self._queue.held.rows
 
-    def future(self) -> "asyncio.Future[Answer]":
-        """Return a future for a work of this batcher."""
-        return self._loop.create_future()
-
     def check_room(self, rows: int, peer: str) -> None:
         """Raise Unavailable when `submit` is sure to for so many rows of `peer`: before any work is spent on them."""
         self._admission.check_room(rows, peer)
@@ -93,32 +87,30 @@ class Batcher:
         run but are sure to be late. The rows of a caller who is cancelled leave the queue at once; when it is its
         deadline that cancels it, that is counted as such.
         """
-        slack = self._admit(works, terms)
-        timers = self._timers(works, terms)
+        futures = self._ask(works)
+        late, answers = late_from(terms.deadline, self._loop.time()), []
+        waiting = self.enqueue(works, terms)
         try:
-            if len(works) == 1:
-                return [await works[0].future]
-            return [await work.future for work in works]
-        except DeadlineExceeded:
-            self._endings.expired(self._withdraw(works), terms.course)
-            raise
+            for part in range(len(works)):  # an error's traceback would keep a future that is named here
+                answers.append(await futures[part])
         except asyncio.CancelledError:
-            phase = self._withdraw(works)
-            if terms.deadline is not None and self._loop.time() >= terms.deadline - slack:
-                self._endings.expired(phase, terms.course)
+            over = self._loop.time() >= late
+            waiting.left(over)
+            if over:
                 raise DeadlineCancelled from None
-            self._endings.cancelled(phase, terms.course)
             raise
-        except Exception:
-            self._withdraw(works)
+        except Exception as error:
+            waiting.failed(error)
             raise
         finally:
-            for timer in timers:
-                timer.cancel()
-            # Parts refer to each other, and an error, by its traceback, to the works that it ended. Only a garbage
-            # collection would free such a circle, inputs and all, and collections hold up every request.
-            for work in works:
-                work.parts, work.future = (), self._nobody
+            waiting.over()
+            _forget(futures)
+        return answers
+
+    def enqueue(self, works: Sequence[Work], terms: Terms) -> Waiting:
+        """Queue the works of one request, all or none, to be answered through their askers: see `submit`."""
+        self._admit(works, terms)
+        return Waiting(works, terms.course, self._timers(works, terms), self._endings, self._withdraw)
 
     def hold(self) -> None:
         """Gather nothing until `release`: what arrives waits in the queue. For tests of waiting rows."""
@@ -160,26 +152,31 @@ class Batcher:
         # A thread that is still in a forward now has had its time; it ends by itself or with the process.
         await self._forwards.stop(seconds if settled else 0.0)
 
-    def _admit(self, works: Sequence[Work], terms: Terms) -> float:
-        """Queue the works; return how many seconds before the deadline a cancel is taken for the deadline's own."""
+    def _ask(self, works: Sequence[Work]) -> "list[asyncio.Future[Answer]]":
+        futures: list[asyncio.Future[Answer]] = []
+        for work in works:
+            future = work.asker = self._loop.create_future()
+            futures.append(future)
+        return futures
+
+    def _admit(self, works: Sequence[Work], terms: Terms) -> None:
         course = terms.course
         if self._closed or (self._draining and not (course and course.admitted)):
             self._endings.rejected("draining", course)
             raise Unavailable(f"model {self._name!r} is shutting down and takes no new requests", retry_after=1.0)
-        expires, slack = None, 0.0
+        expires = None
         if terms.deadline is not None:
             left = terms.deadline - self._loop.time()
             if left <= 0:
                 self._endings.expired("queued", course)
                 raise too_late()
-            expires, slack = time.perf_counter_ns() + int(left * 1e9), slack_of(left)
+            expires = time.perf_counter_ns() + int(left * 1e9)
         self._admission.admit(works, terms, expires)
         if course:
             course.admitted = True
             self._settled.clear()
         self._patience.came()
         self._changed()
-        return slack
 
     def _timers(self, works: Sequence[Work], terms: Terms) -> list[asyncio.TimerHandle]:
         """Let the queue timeout and the deadline, where there are any, end the works."""
@@ -205,9 +202,6 @@ class Batcher:
         """Take a request's unanswered works out of the queue; tell whether any of them had not begun to run."""
         for work in works:
             self._queue.discard(work)
-            # A part that failed beside the one that is reported would else be logged as never looked at.
-            if not work.future.cancel() and not work.future.cancelled():
-                work.future.exception()
         self._changed()
         return "running" if all(work.started for work in works) else "queued"
 
@@ -215,8 +209,8 @@ class Batcher:
         """End a request with an error: one part that fails ends them all."""
         for work in works:
             self._queue.discard(work)
-            if not work.future.done():
-                work.future.set_exception(error)
+            if not work.asker.done():
+                work.asker.set_exception(error)
         self._changed()
 
     def _changed(self) -> None:
@@ -294,5 +288,14 @@ class Batcher:
         self._pace.ran(works[0].key, rows, ran.compute_ns, time.perf_counter_ns())
         self._observer.executed(executed(works, rows, reason, ran.compute_ns))
         for work, own in zip(works, ran.rows, strict=True):
-            if not work.future.done():
-                work.future.set_result(work.answer(own, ran.compute_ns, rows))
+            if not work.asker.done():
+                work.asker.set_result(work.answer(own, ran.compute_ns, rows))
+
+
+def _forget(futures: "list[asyncio.Future[Answer]]") -> None:
+    """Let nobody wait for these any more, nor keep them: an error refers to the list by its traceback."""
+    for future in futures:
+        # A part that failed beside the one that is reported would else be logged as never looked at.
+        if not future.cancel() and not future.cancelled():
+            future.exception()
+    futures.clear()

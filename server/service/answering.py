@@ -15,7 +15,7 @@ from layercast.models.edits import Planned
 from layercast.models.manifest import LayerSpec, Manifest, TensorSpec
 from layercast.models.reducers import reduced_shape
 from layercast.proto.codec import CodecError, Tensor, decode_named
-from layercast.proto.messages import InferParameter, NamedTensor, Timing
+from layercast.proto.messages import InferParameter, ModelInferResponse, NamedTensor, Timing
 from layercast.proto.tensors import memory_dtype
 from layercast.server.errors import DeadlineCancelled, InvalidArgument, ServingError
 from layercast.server.layers import check_feature_bytes, check_size, reduced_datatype
@@ -82,18 +82,26 @@ class Counting:
 
     __slots__ = ("_kind", "_late", "_model", "_timer")
 
-    def __init__(self, model: ServedModel, kind: Kind, late: float) -> None:
+    def __init__(self, model: ServedModel, kind: Kind, late: float = math.inf) -> None:
         self._model = model
         self._kind = kind
         self._late = late
         self._timer = Timer()
 
     def __enter__(self) -> Timer:
+        return self.begin()
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end(error)
+
+    def begin(self) -> Timer:
+        """Keep the model; `end` must follow."""
         self._model.hold()
         self._model.monitor.inflight.add(1)
         return self._timer
 
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def end(self, error: BaseException | None) -> None:
+        """Count the request, which ended with `error` or with an answer."""
         model, timer = self._model, self._timer
         model.let_go()
         model.monitor.inflight.add(-1)
@@ -127,6 +135,10 @@ class Answering:
         except ServingError as error:
             self._metrics.requests.labels(UNKNOWN, UNKNOWN, kind, error.code.name).inc()
             raise
+
+    def ready_model(self, name: str, version: str) -> ServedModel | None:
+        """Return the model that answers, None where `find` raises; nothing is counted."""
+        return self._repository.ready_model(name, version)
 
     def counted(self, model: ServedModel, kind: Kind, late: float = math.inf) -> "Counting":
         """Count the request that the body answers, by its end: answered, refused, failed or abandoned.
@@ -173,6 +185,14 @@ class Answering:
         layers = {asked.name for asked in wanted.layers}
         model.monitor.tapped(len(taps), sum(values.nbytes for name, _, values in tensors if name in layers))
         return timed(tensors, answers)
+
+
+def tell_times(response: ModelInferResponse, answered: Answered) -> None:
+    """Put into the response where the time went."""
+    parameters = response.parameters
+    parameters["queue_ns"].int64_param = answered.queue_ns
+    parameters["compute_ns"].int64_param = answered.compute_ns
+    parameters["batch_rows"].int64_param = answered.batch_rows
 
 
 def timed(tensors: list[Tensor], answers: Sequence[Answer]) -> Answered:

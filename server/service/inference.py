@@ -3,18 +3,21 @@
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+from google.protobuf.message import DecodeError
+
 from layercast.proto.codec import decode_inputs, fill_outputs, is_typed
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
 from layercast.server.errors import ResourceExhausted
 from layercast.server.model import ServedModel
 from layercast.server.monitor import Kind
 from layercast.server.service import scopes
-from layercast.server.service.answering import LARGE, Answered, Answering, Timer, decoding, off_loop, timed
+from layercast.server.service.answering import LARGE, Answered, Answering, Timer, decoding, off_loop, tell_times, timed
 from layercast.server.service.call import Call
 from layercast.server.service.classification import Classes, classified, resolve_classes
 from layercast.server.service.parameters import asks_raw, check_parameters
 from layercast.server.service.plain import Plain
 from layercast.server.service.requests import Wanted, check_inputs, resolve_outputs, warnings
+from layercast.server.service.short import Short, Told
 from layercast.server.work import Array, Terms
 
 
@@ -47,6 +50,25 @@ class InferenceService:
         await self.infer_into(response, request, call)
         return response
 
+    def begin_model_infer(self, raw: bytes, deadline: float | None, peer: str, call: Told) -> Short | None:
+        """Begin to answer a serialised request if it is plain and right in every way; else do nothing, return None."""
+        if len(raw) >= LARGE or not scopes.has(scopes.PREDICT):
+            return None
+        try:
+            request = ModelInferRequest.FromString(raw)
+        except DecodeError:
+            return None
+        model = self._answering.ready_model(request.model_name, request.model_version)
+        if model is None:
+            return None
+        plain = self._plain_of(model)
+        found = plain.inputs(request)
+        if found is None or found[1] > model.loaded.settings.max_batch:
+            return None
+        short = Short(model, plain, request, call)
+        short.queue(model, *found, Terms(deadline, peer=peer))
+        return short
+
     async def infer_into(self, response: ModelInferResponse, request: ModelInferRequest, call: Call) -> None:
         """Answer `request` in the empty message `response`: one inside another message needs no copy this way."""
         outputs = request.outputs
@@ -55,9 +77,7 @@ class InferenceService:
         model = self._answering.find(request.model_name, request.model_version, kind)
         with self._answering.counted(model, kind) as timer:
             model.batcher.check_room(_claimed_rows(request), call.peer)
-            plain = self._plain.get(model)
-            if plain is None:
-                plain = self._plain[model] = Plain(model.manifest, self._answering.max_bytes, LARGE)
+            plain = self._plain_of(model)
             # What is large is decoded and encoded in another thread, by the general path.
             if call.size < LARGE and (found := plain.inputs(request)):
                 await self._answer_plain(response, request, model, plain, found, call, timer)
@@ -70,6 +90,12 @@ class InferenceService:
             timer.ran(answered)
             size = sum(values.nbytes for _, _, values in answered.tensors)
             await off_loop(size, self._encode, response, request, model, asked, answered)
+
+    def _plain_of(self, model: ServedModel) -> Plain:
+        plain = self._plain.get(model)
+        if plain is None:
+            plain = self._plain[model] = Plain(model.manifest, self._answering.max_bytes, LARGE)
+        return plain
 
     async def _answer_plain(
         self,
@@ -86,8 +112,7 @@ class InferenceService:
         answers = await model.run(*found, (), True, Terms(call.deadline, peer=call.peer))
         answered = timed([], answers)
         timer.ran(answered)
-        plain.fill(response, request, answers)
-        _tell_times(response, answered)
+        plain.fill(response, request, answers, answered)
 
     def _decode(self, model: ServedModel, request: ModelInferRequest) -> _Asked:
         manifest = model.manifest
@@ -129,16 +154,9 @@ def _fill(
     fill_outputs(response, classified(answered.tensors, asked.classes), asked.typed)
     response.model_name, response.model_version = model.manifest.name, str(model.manifest.version)
     response.id = request.id
-    _tell_times(response, answered)
+    tell_times(response, answered)
     if asked.warning:
         response.parameters["warning"].string_param = asked.warning
-
-
-def _tell_times(response: ModelInferResponse, answered: Answered) -> None:
-    parameters = response.parameters
-    parameters["queue_ns"].int64_param = answered.queue_ns
-    parameters["compute_ns"].int64_param = answered.compute_ns
-    parameters["batch_rows"].int64_param = answered.batch_rows
 
 
 def _claimed_rows(request: ModelInferRequest) -> int:

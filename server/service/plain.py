@@ -12,6 +12,7 @@ from layercast.models.manifest import Manifest, TensorSpec
 from layercast.proto.codec import DATATYPES, tensor_bytes
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
 from layercast.server.layers import ENVELOPE, answer_bytes
+from layercast.server.service.answering import Answered, tell_times
 from layercast.server.service.requests import join
 from layercast.server.work import Answer, Array
 
@@ -59,13 +60,22 @@ class Plain:
             found[spec.name] = array
         return (found, rows) if rows <= self._most_rows else None
 
-    def fill(self, response: ModelInferResponse, request: ModelInferRequest, answers: list[Answer]) -> None:
-        """Put the outputs of all parts, and the names, into the empty `response`."""
+    def response(self, request: ModelInferRequest, answers: list[Answer], answered: Answered) -> bytes:
+        """Return the serialised answer."""
+        response = ModelInferResponse()
+        self.fill(response, request, answers, answered)
+        return response.SerializeToString()
+
+    def fill(
+        self, response: ModelInferResponse, request: ModelInferRequest, answers: list[Answer], answered: Answered
+    ) -> None:
+        """Put the outputs of all parts, the names and the times into the empty `response`."""
         response.model_name, response.model_version, response.id = self._name, self._version, request.id
         for name, datatype in self._outputs:
             values = join([answer.outputs[name] for answer in answers])
             response.outputs.add(name=name, datatype=datatype, shape=values.shape)
             response.raw_output_contents.append(tensor_bytes(values, datatype))
+        tell_times(response, answered)
 
 
 def _most_rows(manifest: Manifest, limit: int, largest: int) -> int:

@@ -20,6 +20,12 @@ def grant(scopes: Collection[str] | None) -> None:
     _granted.set(scopes)
 
 
+def has(scope: str) -> bool:
+    """Tell whether the caller has this scope."""
+    granted = _granted.get()
+    return granted is None or scope in granted
+
+
 def require(*any_of: str, to: str) -> None:
     """Raise PermissionDenied unless the caller has one of the scopes, which it takes `to` do something."""
     granted = _granted.get()

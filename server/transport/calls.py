@@ -1,10 +1,11 @@
 """RPCs of our services over grpc.aio: parse, answer, count, and turn what a service raises into a status."""
 
 import asyncio
-import time
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, Final, Protocol, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -14,22 +15,21 @@ from layercast.proto.codec import CodecError
 from layercast.proto.rpc import Method
 from layercast.server.batching.policy import late_from
 from layercast.server.errors import DeadlineCancelled, InvalidArgument, ResourceExhausted, ServingError, Unavailable
-from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
-from layercast.server.transport.status import reply
+from layercast.server.transport.counted import Context, Counted, abort
+from layercast.server.transport.status import Reply, reply
 
-T = TypeVar("T")
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+logger = logging.getLogger(__name__)
+
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Kind = Literal["unary", "server_stream", "bidi_stream"]
 Answer = Callable[[Any, Call], Awaitable[Message]]
 Answers = Callable[[Any, Call], AsyncGenerator[Message, None]]
+Ended = Callable[[bytes | None, Reply | None], None]
+"""Told how a call ended: the answer's bytes, or else the status of a failed one."""
 StreamAnswer = Callable[[AsyncIterator[tuple[Any, int]], Call], AsyncGenerator[Message, None]]
 
 # A message of fewer bytes parses within a few milliseconds, whatever is in it.
 _LARGE: Final = 256 << 10
-# A status goes at once, or after an answer that the caller doesn't read.
-_STATUS_SECONDS: Final = 1.0
 # Sent by a client that wants the first error inside a stream as the status of the stream.
 _FAILS_WHOLE: Final = ("triton_grpc_error", "true")
 
@@ -49,67 +49,103 @@ def parsed(message: type[Message], raw: bytes) -> Message:
         ) from error
 
 
-class Counted:
-    """Counts the calls of one RPC and gives those that fail their status."""
+class Begun(Protocol):
+    """A call that was begun and is told its end."""
 
-    def __init__(self, service: str, name: str, metrics: Metrics, kind: Kind = "unary") -> None:
-        self.path = f"/{service}/{name}"
-        labels = (kind, service, name)
-        self.received = metrics.rpc_received.labels(*labels)
-        self.sent = metrics.rpc_sent.labels(*labels)
-        self._started = metrics.rpc_started.labels(*labels)
-        self._duration = metrics.rpc_duration.labels(*labels)
-        self._handled = {code: metrics.rpc_handled.labels(*labels, code.name) for code in grpc.StatusCode}
+    def cancel(self, late: bool) -> None:
+        """The caller has gone, or else (`late`) its deadline is over: tell nothing any more."""
 
-    async def run(self, body: Awaitable[T], context: Context) -> T:
-        """Await `body` and return what it returns; its error ends the call with a status and trailers."""
-        start = time.perf_counter()
-        self._started.inc()
+
+Begin = Callable[[bytes, float | None, str, Ended], Begun | None]
+"""`UnaryRpc.begin` of an RPC."""
+
+
+class Short(Protocol):
+    """Begins to answer a message at once if it is of the common kind; returns None, having done nothing, if not."""
+
+    def __call__(self, raw: bytes, deadline: float | None, peer: str, call: "ShortCall", /) -> Begun | None:
+        """`call` is told what it is to count."""
+
+
+class ShortCall:
+    """A call without a task: counts it, and tells `ended` how it ended."""
+
+    __slots__ = ("_counted", "_ended", "_start")
+
+    def __init__(self, counted: Counted, ended: Ended) -> None:
+        self._counted = counted
+        self._ended = ended
+        self._start = 0.0
+
+    def begun(self) -> None:
+        """Count the call and its message."""
+        self._start = self._counted.begun()
+        self._counted.received.inc()
+
+    def answered(self, content: bytes) -> None:
+        """Tell the answer."""
+        self._counted.sent.inc()
+        self._counted.ended(grpc.StatusCode.OK, self._start)
+        self._tell(content, None)
+
+    def failed(self, error: Exception) -> None:
+        """Tell the status of a failed call."""
+        failed = reply(error, self._counted.path)
+        self._counted.ended(failed.code, self._start)
+        self._tell(None, failed)
+
+    def left(self, late: bool) -> None:
+        """Count the call; nobody is there to be told."""
+        self._counted.ended(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, self._start)
+
+    def _tell(self, content: bytes | None, failed: Reply | None) -> None:
         try:
-            result = await body
-        except asyncio.CancelledError as gone:
-            late = isinstance(gone, DeadlineCancelled)
-            self._ended(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, start)
-            raise
-        except grpc.aio.AbortError:
-            self._ended(context.code(), start)
-            raise
-        except Exception as error:
-            failed = reply(error, self.path)
-        else:
-            self._ended(grpc.StatusCode.OK, start)
-            return result
-        # Counted first: who has seen the status finds it in the metrics. Not in the `except`: grpc's own error, which
-        # it keeps in a circle, would keep the one before, and that the request, until a garbage collection.
-        self._ended(failed.code, start)
-        try:
-            async with asyncio.timeout(_STATUS_SECONDS):
-                return await context.abort(failed.code, failed.message, failed.trailers)  # raises
-        except TimeoutError:
-            # Who reads nothing takes no status either. grpc has it and sends it when it can; the request goes now.
-            raise asyncio.CancelledError from None
-
-    def _ended(self, code: grpc.StatusCode, start: float) -> None:
-        self._handled[code].inc()
-        self._duration.observe(time.perf_counter() - start)
+            self._ended(content, failed)
+        except Exception:  # not the business of the rows that ran beside
+            logger.exception("the end of a call to %s could not be told", self._counted.path)
 
 
 class UnaryRpc:
     """One message in, one message out."""
 
-    def __init__(self, method: Method, answer: Answer, counted: Counted) -> None:
+    def __init__(self, method: Method, answer: Answer, counted: Counted, short: Short | None = None) -> None:
+        """`short` answers messages of the common kind, `answer` all others."""
         self._request = method.request
         self._answer = answer
         self._counted = counted
+        self._short = short
 
     def handler(self) -> Handler:
         """Return what grpc registers. It parses nothing itself: it would answer malformed bytes with INTERNAL."""
         return grpc.unary_unary_rpc_method_handler(self._handle)
 
+    def begin(self, raw: bytes, deadline: float | None, peer: str, ended: Ended) -> Begun | None:
+        """Begin to answer the message if it is of the common kind; else do and count nothing, and return None.
+
+        `ended` is told how the call ended: once, on the event loop, perhaps before this returns.
+        """
+        return self._short(raw, deadline, peer, ShortCall(self._counted, ended)) if self._short else None
+
     async def _handle(self, raw: bytes, context: Context) -> bytes:
+        if self._short:
+            loop, due = asyncio.get_running_loop(), deadline(context)
+            late = late_from(due, loop.time())
+            future: asyncio.Future[bytes | Reply] = loop.create_future()
+            if begun := self.begin(raw, due, context.peer(), partial(_settle, future)):
+                return await self._short_end(begun, future, late, context)
         body = self._body(raw, context)
         del raw  # which an error would keep
         return await self._counted.run(body, context)
+
+    async def _short_end(
+        self, begun: Begun, future: "asyncio.Future[bytes | Reply]", late: float, context: Context
+    ) -> bytes:
+        try:
+            end = await future
+        except asyncio.CancelledError:
+            begun.cancel(late=asyncio.get_running_loop().time() >= late)
+            raise
+        return await abort(context, end) if isinstance(end, Reply) else end
 
     async def _body(self, raw: bytes, context: Context) -> bytes:
         self._counted.received.inc()
@@ -235,6 +271,11 @@ class Incoming:
             raise
         finally:
             self._reader = None
+
+
+def _settle(future: "asyncio.Future[bytes | Reply]", content: bytes | None, failed: Reply | None) -> None:
+    if not future.done() and (end := failed if content is None else content) is not None:
+        future.set_result(end)
 
 
 async def _send(context: Context, message: Message) -> None:

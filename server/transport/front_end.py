@@ -11,7 +11,8 @@ from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE
 from layercast.server.errors import Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call, method_of
-from layercast.server.transport.calls import Counted, Handler, ServerStreamRpc, StreamRpc, UnaryRpc
+from layercast.server.transport.calls import Begin, Handler, ServerStreamRpc, StreamRpc, UnaryRpc
+from layercast.server.transport.counted import Counted
 from layercast.server.transport.standard import HandlerTaker, UnknownRpcs, add_health, add_reflection
 
 
@@ -24,6 +25,7 @@ class FrontEnd(ABC):
         """`services` holds, by the service's name, the objects that answer its RPCs, each some of them."""
         self._metrics = metrics
         self._streams: list[StreamRpc] = []
+        self.short: dict[str, Begin] = {}
         for name, methods in ((INFERENCE_SERVICE, INFERENCE), (FEATURES_SERVICE, FEATURES)):
             handlers = {method.name: self._handler(name, method, services[name]) for method in methods.values()}
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
@@ -67,7 +69,11 @@ class FrontEnd(ABC):
         if answer is None:
             return UnaryRpc(method, _unimplemented(method.name), counted).handler()
         if method.kind == "unary":
-            return UnaryRpc(method, answer, counted).handler()
+            begin = method_of(objects, f"Begin{method.name}")
+            rpc = UnaryRpc(method, answer, counted, begin)
+            if begin:
+                self.short[counted.path] = rpc.begin
+            return rpc.handler()
         if method.kind == "server_stream":
             return ServerStreamRpc(method, answer, counted).handler()
         stream = StreamRpc(method, answer, counted)

@@ -11,8 +11,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from layercast.server.errors import StartError
-from layercast.server.transport.ports import bound_socket, not_bound
+from layercast.server.transport.ports import listening_socket
 
 _MAX_HEAD = 64 << 10
 # Longer than the 60 seconds after which most load balancers and client pools let go of an idle connection: if the
@@ -81,14 +80,8 @@ class HttpFrontEnd:
 
     def bind(self, host: str, port: int) -> int:
         """Take `host:port` and return the port; StartError when it can't be taken."""
-        sock = bound_socket(self._what, host, port, self._option)
-        try:
-            sock.listen(1024)
-        except OSError as error:
-            sock.close()
-            raise StartError(not_bound(error, self._what, host, port, self._option)) from error
-        self._socket = sock
-        return int(sock.getsockname()[1])
+        self._socket = listening_socket(self._what, host, port, self._option)
+        return int(self._socket.getsockname()[1])
 
     async def start(self) -> None:
         """Answer requests."""

@@ -2,8 +2,11 @@
 
 import errno
 import socket
+from typing import Final
 
 from layercast.server.errors import StartError
+
+_BACKLOG: Final = 1024
 
 
 def bound_socket(what: str, host: str, port: int, option: str) -> socket.socket:
@@ -17,6 +20,17 @@ def bound_socket(what: str, host: str, port: int, option: str) -> socket.socket:
     except (OSError, UnicodeError) as error:
         if sock:
             sock.close()
+        raise StartError(not_bound(error, what, host, port, option)) from error
+    return sock
+
+
+def listening_socket(what: str, host: str, port: int, option: str) -> socket.socket:
+    """Return such a socket on which callers wait to be accepted."""
+    sock = bound_socket(what, host, port, option)
+    try:
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
         raise StartError(not_bound(error, what, host, port, option)) from error
     return sock
 

@@ -13,7 +13,8 @@ from layercast.proto.rpc import POOL
 from layercast.server.errors import Unimplemented
 from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.text import fit
-from layercast.server.transport.calls import Context, Counted, Handler, Kind, parsed
+from layercast.server.transport.calls import Handler, parsed
+from layercast.server.transport.counted import Context, Counted, Kind
 from layercast.server.transport.health import Health
 
 Behaviour = Callable[[Any, Context], Awaitable[Any]]

@@ -3,7 +3,8 @@
 import asyncio
 from typing import Final
 
-from layercast.server.transport.envoy.context import Cause, EnvoyContext
+from layercast.server.transport.envoy.context import EnvoyContext
+from layercast.server.transport.rpc_call import Cause
 
 EVERY: Final = 0.02
 """Seconds between two looks. Most calls are answered before the first, and cost nothing here."""

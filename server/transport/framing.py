@@ -41,6 +41,8 @@ class Frames:
     Who feeds it only when `next` had nothing holds one message and one piece at most.
     """
 
+    __slots__ = ("_at", "_data", "_limit")
+
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._data: bytes | bytearray = b""
@@ -58,8 +60,10 @@ class Frames:
             return
         if isinstance(self._data, bytes):
             self._data = bytearray(self._data)
-        del self._data[: self._at]
-        self._at = 0
+        # Not each time: many small messages may wait here, and all that follows would move.
+        if 2 * self._at >= len(self._data):
+            del self._data[: self._at]
+            self._at = 0
         self._data += piece
 
     def next(self) -> tuple[bool, bytes] | None:
@@ -78,7 +82,25 @@ class Frames:
         if len(data) < start + size:
             return None
         self._at = start + size
-        return bool(flag), bytes(data[start : self._at])
+        with memoryview(data) as view:
+            return bool(flag), bytes(view[start : self._at])
+
+    def whole(self) -> bytes | None:
+        """Return the bytes of the one message that was fed, which stays here; None if it isn't that, uncompressed."""
+        data = self._data
+        if self._at or len(data) < _HEAD or data[0]:
+            return None
+        size = int.from_bytes(data[1:_HEAD], "big")
+        if size > self._limit or len(data) != size + _HEAD:
+            return None
+        with memoryview(data) as view:
+            return bytes(view[_HEAD:])
+
+    @property
+    def is_doomed(self) -> bool:
+        """Whether the head of the next message is there and `next` would raise for it, whatever follows."""
+        head = self._data[self._at : self._at + _HEAD]
+        return len(head) == _HEAD and (head[0] > 1 or int.from_bytes(head[1:], "big") > self._limit)
 
 
 def too_large(size: str, limit: int) -> ResourceExhausted:

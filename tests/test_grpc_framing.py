@@ -6,7 +6,7 @@ import zlib
 import pytest
 
 from layercast.server.errors import InvalidArgument, ResourceExhausted
-from layercast.server.transport.envoy.framing import Frames, framed, status_headers
+from layercast.server.transport.framing import Frames, framed, status_headers
 from layercast.server.transport.inflate import Broken, TooLarge, inflate
 
 MESSAGES = [b"", b"a", bytes(range(256)) * 5, b"", b"\0\0\0\0\1"]

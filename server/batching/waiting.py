@@ -1,0 +1,54 @@
+"""A request from the queue to its end: timers end it, whoever asked is told, and nothing is left of it."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from layercast.server.batching.endings import Endings
+from layercast.server.batching.policy import Phase
+from layercast.server.errors import DeadlineExceeded
+from layercast.server.work import NOBODY, Course, Work
+
+
+class Waiting:
+    """The works of one request that were queued. Its asker says how it ended: `failed` or `left`, and always `over`."""
+
+    __slots__ = ("_course", "_endings", "_timers", "_withdraw", "_works")
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        course: Course | None,
+        timers: Sequence[asyncio.TimerHandle],
+        endings: Endings,
+        withdraw: Callable[[Sequence[Work]], Phase],
+    ) -> None:
+        self._works = works
+        self._course = course
+        self._timers = timers
+        self._endings = endings
+        self._withdraw = withdraw
+
+    def failed(self, error: Exception) -> None:
+        """The request ended with `error`: none of its other rows run."""
+        phase = self._withdraw(self._works)
+        if isinstance(error, DeadlineExceeded):
+            self._endings.expired(phase, self._course)
+
+    def left(self, late: bool) -> None:
+        """The caller has gone, or else (`late`) its deadline is over: the rows leave the queue at once."""
+        phase = self._withdraw(self._works)
+        if late:
+            self._endings.expired(phase, self._course)
+        else:
+            self._endings.cancelled(phase, self._course)
+
+    def over(self) -> None:
+        """Nobody waits any more.
+
+        Parts refer to each other and to who asks, and an error, by its traceback, to the works that it ended. Only a
+        garbage collection would free such a circle, inputs and all, and collections hold up every request.
+        """
+        for timer in self._timers:
+            timer.cancel()
+        for work in self._works:
+            work.parts, work.asker = (), NOBODY

@@ -1,0 +1,327 @@
+"""One connection of HTTP/2 (RFC 9113): its streams, its windows, its beginning and its end."""
+
+import asyncio
+import logging
+from typing import Final, Protocol, cast
+
+from layercast.server.transport.calls import Begin
+from layercast.server.transport.direct import frames
+from layercast.server.transport.direct.calm import ANSWERED, SENT, Calm
+from layercast.server.transport.direct.frames import Code, ConnectionFault, frame, number_bytes
+from layercast.server.transport.direct.heads import MAX_LIST, Head, header_block
+from layercast.server.transport.direct.reading import NotHttp2, Reader
+from layercast.server.transport.direct.sending import Sending
+from layercast.server.transport.direct.stream import WINDOW, Stream
+from layercast.server.transport.dispatch import Handlers
+from layercast.server.transport.rpc_call import Cause, grpc_peer
+
+logger = logging.getLogger(__name__)
+
+MAX_STREAMS: Final = 1024
+"""Calls of one connection at a time, those included that were reset and whose handlers have not ended yet."""
+_WINDOW: Final = 16 << 20
+_CREDIT: Final = _WINDOW // 4
+_WRITTEN: Final = 1 << 20
+"""Bytes that may wait for a peer that reads slowly before nothing more is taken from it."""
+_QUIET_SECONDS: Final = 60.0
+_REPLY_SECONDS: Final = 20.0
+_FIRST_SECONDS: Final = 10.0
+"""What a peer has to say its first words."""
+_LINGER_SECONDS: Final = 1.0
+"""What a peer has to read why it is turned out."""
+_GREETING: Final = frames.settings({
+    frames.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
+    frames.INITIAL_WINDOW_SIZE: WINDOW,
+    frames.MAX_HEADER_LIST_SIZE: MAX_LIST,
+}) + frame(frames.WINDOW_UPDATE, 0, 0, number_bytes(_WINDOW - frames.DEFAULT_WINDOW))  # fmt: skip
+_HTTP1: Final = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n"
+    b"this port answers gRPC (HTTP/2); HTTP has a port of its own (--http-port)\n"
+)
+
+
+class Owner(Protocol):
+    """What the connections of a server have in common."""
+
+    handlers: Handlers
+    short: dict[str, Begin]
+    limit: int
+
+    def opened(self, connection: "Connection") -> None:
+        """A connection is there."""
+
+    def lost(self, connection: "Connection") -> None:
+        """A connection is gone."""
+
+
+class Connection(asyncio.Protocol):
+    """Takes the calls of one peer. `deaf` is set once nothing more is heard from it."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self.handlers = owner.handlers
+        # A call that takes a token is looked at by its headers, before its message has come.
+        self.short: dict[str, Begin] = {} if owner.handlers.guarded else owner.short
+        self.peer = ""
+        self.deaf = False
+        self._loop = asyncio.get_running_loop()
+        self._calm = Calm()
+        self._reader = Reader(self, self._calm)
+        self._streams: dict[int, Stream] = {}
+        self._heard = self._leaving = False
+        self._last = 0
+        self._receivable = _WINDOW
+        self._owed = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet the peer."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=_WRITTEN)
+        self._sending = Sending(self._transport, self._streams, self._calm, self._forget)
+        self.answer, self.send, self.send_soon = self._sending.answer, self._sending.send, self._sending.send_soon
+        name = transport.get_extra_info("peername")
+        self.peer = grpc_peer(*name[:2]) if isinstance(name, tuple) else ""
+        self._transport.write(_GREETING)
+        self._clock = self._loop.call_later(_FIRST_SECONDS, self._see_greeted)
+        self._owner.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what came."""
+        if self.deaf:
+            return
+        self._heard = True
+        try:
+            self._reader.feed(data)
+        except ConnectionFault as fault:
+            self._fail(fault.code, str(fault))
+        except NotHttp2:
+            self._transport.write(_HTTP1)
+            self._turn_out()
+        except Exception:
+            logger.exception("a connection of HTTP/2 failed")
+            self._fail(Code.INTERNAL_ERROR, "")
+
+    def pause_writing(self) -> None:
+        """The peer reads slowly: take nothing more from it until it has read."""
+        self._sending.paused = True
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """The peer has read."""
+        self._sending.paused = False
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+            self._sending.flush()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """End every call: nobody is there to be answered."""
+        self.deaf = True
+        self._clock.cancel()
+        self._abandon_all()
+        self._owner.lost(self)
+
+    def leave(self) -> None:
+        """Take no more calls; close when those that run have ended."""
+        if not self._leaving and not self.deaf:
+            self._leaving = True
+            self._transport.write(frames.goaway(self._last, Code.NO_ERROR))
+            self._close_if_done()
+
+    def cut_off(self) -> None:
+        """End every call with a status."""
+        for stream in list(self._streams.values()):
+            stream.end(Cause.STOPPED)
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._transport.abort()
+
+    def allow(self, number: int, many: int) -> None:
+        """Let the peer send so many bytes more, of this stream and altogether."""
+        self._transport.write(frame(frames.WINDOW_UPDATE, 0, number, number_bytes(many)))
+        self._took(many)
+
+    def ran(self, stream: Stream) -> None:
+        """The handler of a call has ended."""
+        if stream.ending is None:
+            self._forget(stream)
+
+    def on_data(self, number: int, payload: bytes, size: int, ended: bool) -> None:
+        """Give a part of a body to its call."""
+        self._receivable -= size
+        if self._receivable < 0:
+            raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "more data than the connection's window allows")
+        stream = self._streams.get(number)
+        if stream is None:
+            self._check_past(number)
+            self._took(size)
+        elif stream.has_ended_body or stream.receivable < size:
+            self._took(size)
+            self._reset(stream, Code.STREAM_CLOSED if stream.has_ended_body else Code.FLOW_CONTROL_ERROR)
+        else:
+            stream.receivable -= size
+            stream.take(payload, size, ended)
+            if ended:
+                self._took(stream.owes())
+
+    def on_headers(self, number: int, head: Head, ended: bool) -> None:
+        """Begin a call, or end the body of one."""
+        if stream := self._streams.get(number):
+            if stream.has_ended_body or not ended:
+                self._reset(stream, Code.STREAM_CLOSED if stream.has_ended_body else Code.PROTOCOL_ERROR)
+            else:
+                stream.end_body()
+        elif number <= self._last:
+            self._check_past(number)
+            self._send_reset(number, Code.STREAM_CLOSED)
+        elif not number % 2:
+            raise ConnectionFault(Code.PROTOCOL_ERROR, f"HEADERS on stream {number}, which no client opens")
+        else:
+            self._last = number
+            self._open(number, head, ended)
+
+    def on_reset(self, number: int, _: bytes) -> None:
+        """End a call that the peer has given up."""
+        if stream := self._streams.get(number):
+            self._abandon(stream)
+        else:
+            self._check_past(number)
+
+    def on_settings(self, values: list[tuple[int, int]]) -> None:
+        """Go by them, and say so."""
+        for setting, value in values:
+            self._sending.set(setting, value)
+        self._transport.write(frame(frames.SETTINGS, frames.ACK, 0))
+
+    def on_ping(self, payload: bytes) -> None:
+        """Send it back."""
+        self._transport.write(frame(frames.PING, frames.ACK, 0, payload))
+
+    def on_goaway(self) -> None:
+        """Close when the calls that run have ended."""
+        self._leaving = True
+        self._close_if_done()
+
+    def on_window(self, number: int, more: int) -> None:
+        """Send what may be sent now."""
+        if not number:
+            self._sending.widen(more)
+        elif stream := self._streams.get(number):
+            if not more or stream.sendable + more > frames.MAX_WINDOW:
+                self._reset(stream, Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR)
+            else:
+                stream.sendable += more
+                self._sending.flush()
+        else:
+            self._check_past(number)
+
+    def _open(self, number: int, head: Head, ended: bool) -> None:
+        if self._leaving or len(self._streams) >= MAX_STREAMS:
+            self._calm.spend()
+            self._send_reset(number, Code.REFUSED_STREAM)
+        elif head.malformed:
+            self._calm.spend()
+            self._send_reset(number, Code.PROTOCOL_ERROR)
+        elif head.refused:
+            self._calm.spend()
+            block = header_block(((b":status", str(head.refused).encode()),))
+            self._transport.write(frames.header_frames(number, block, end=True))
+            if not ended:
+                self._send_reset(number, Code.NO_ERROR)
+        else:
+            stream = Stream(self, number, head, self._owner.limit, self._sending.first_window)
+            self._streams[number] = stream
+            if head.path not in self.short:
+                stream.run()
+            if ended:
+                stream.end_body()
+
+    def _check_past(self, number: int) -> None:
+        """Raise ConnectionFault for a frame of a stream that never was; to one that has ended, some may still come."""
+        if not 0 < number <= self._last or not number % 2:
+            raise ConnectionFault(Code.PROTOCOL_ERROR, f"a frame of stream {number}, which is not open")
+        self._calm.spend()
+
+    def _reset(self, stream: Stream, code: Code) -> None:
+        self._calm.spend()
+        self._send_reset(stream.number, code)
+        self._abandon(stream)
+
+    def _send_reset(self, number: int, code: Code) -> None:
+        self._transport.write(frame(frames.RST_STREAM, 0, number, number_bytes(code)))
+
+    def _abandon(self, stream: Stream) -> None:
+        """End a call that nobody waits for; until its handler, if it has one, has ended too, it counts as one."""
+        stream.end(Cause.GONE)
+        if not stream.is_running:
+            self._forget(stream)
+
+    def _abandon_all(self) -> None:
+        for stream in list(self._streams.values()):
+            self._abandon(stream)
+
+    def _forget(self, stream: Stream) -> None:
+        """A call has ended, and all of it was sent."""
+        if self._streams.pop(stream.number, None) is None:
+            return
+        self._sending.drop(stream)
+        stream.close()
+        self._took(stream.owes())
+        if stream.cause is not Cause.GONE:
+            self._calm.earn(ANSWERED)
+            if not stream.has_ended_body:
+                # Answered before it was all said: the caller need not go on.
+                self._send_reset(stream.number, Code.NO_ERROR)
+        self._close_if_done()
+
+    def _took(self, many: int) -> None:
+        """So many bytes no longer wait here; let the peer send as many again, when they are worth a frame."""
+        self._owed += many
+        if self._owed >= _CREDIT and not self.deaf:
+            self._transport.write(frame(frames.WINDOW_UPDATE, 0, 0, number_bytes(self._owed)))
+            self._receivable += self._owed
+            self._owed = 0
+            self._calm.earn(SENT)
+
+    def _close_if_done(self) -> None:
+        if self._leaving and not self._streams and not self.deaf:
+            self._turn_out()
+
+    def _fail(self, code: Code, text: str) -> None:
+        """Say what the peer did wrong, and close."""
+        self._transport.write(frames.goaway(self._last, code, text))
+        self._turn_out()
+        self._abandon_all()
+
+    def _turn_out(self) -> None:
+        """Close once all is written, or soon."""
+        self.deaf = True
+        self._clock.cancel()
+        self._clock = self._loop.call_later(_LINGER_SECONDS, self._transport.abort)
+        # Closed with bytes unread, TCP would take back what was written last.
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def _see_greeted(self) -> None:
+        if self._reader.greeted:
+            self._see_heard()
+        else:
+            self._fail(Code.PROTOCOL_ERROR, "nothing came")
+
+    def _see_heard(self) -> None:
+        """Ask a peer that has said nothing for a while whether it is still there."""
+        if self._heard:
+            self._heard = False
+            self._clock = self._loop.call_later(_QUIET_SECONDS, self._see_heard)
+        else:
+            self._transport.write(frame(frames.PING, 0, 0, bytes(8)))
+            self._clock = self._loop.call_later(_REPLY_SECONDS, self._see_answered)
+
+    def _see_answered(self) -> None:
+        if self._heard:
+            self._see_heard()
+        else:
+            self.abort()

@@ -1,0 +1,118 @@
+"""Headers of calls: what comes, decoded (HPACK, RFC 7541) and checked (RFC 9113, section 8), and what goes."""
+
+import logging
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from hpack import Decoder, HPACKError, OversizedHeaderListError
+
+from layercast.server.transport.direct.frames import Code, ConnectionFault
+from layercast.server.transport.rpc_call import is_rpc
+
+# At its DEBUG level it writes every header of every call, tokens too.
+logging.getLogger("hpack").setLevel(logging.WARNING)
+
+MAX_LIST: Final = 32 << 10
+"""Bytes of a call's headers, counted as HTTP/2 does: names, values and 32 for each. A call with more is refused."""
+# Beyond it, decoding stops in the middle, and what is said after it can't be read any more.
+_BOMB: Final = 4 * MAX_LIST
+_EACH: Final = 32
+_MOST_KEPT: Final = 64
+
+_NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
+_VALUE: Final = re.compile(rb"[^\x00\r\n]*")
+_REQUIRED: Final = frozenset((b":method", b":scheme", b":path"))
+_PSEUDO: Final = _REQUIRED | {b":authority"}
+# They speak of a connection, which is HTTP/2's own business.
+_OF_CONNECTIONS: Final = frozenset(
+    (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade")
+)
+
+Pairs = tuple[tuple[bytes, bytes], ...]
+
+
+class Head:
+    """The headers of one call. Nobody changes it: calls with equal ones share it.
+
+    `pairs` are those without a colon, `headers` the last of each name. `malformed` says that HTTP/2 forbids them,
+    `refused` is the status of HTTP, or 0, for a request that is no call of gRPC.
+    """
+
+    __slots__ = ("headers", "malformed", "pairs", "path", "refused")
+
+    def __init__(self, fields: list[tuple[bytes, bytes]]) -> None:
+        pseudo = [pair for pair in fields if pair[0][:1] == b":"]
+        self.pairs: Pairs = tuple(pair for pair in fields if pair[0][:1] != b":")
+        self.headers = dict(self.pairs)
+        asked = dict(pseudo)
+        self.malformed = fields[: len(pseudo)] != pseudo or len(asked) != len(pseudo) or not self._well_formed(asked)
+        self.path = asked.get(b":path", b"").decode("latin-1")
+        self.refused = self._refused(asked, sum(len(name) + len(value) + _EACH for name, value in fields))
+
+    def _well_formed(self, asked: dict[bytes, bytes]) -> bool:
+        return (
+            _REQUIRED <= asked.keys() <= _PSEUDO
+            and asked[b":path"].startswith((b"/", b"*"))
+            and self.headers.keys().isdisjoint(_OF_CONNECTIONS)
+            and self.headers.get(b"te", b"trailers") == b"trailers"
+            and all(_NAME.fullmatch(name) for name, _ in self.pairs)
+            and all(_VALUE.fullmatch(value) for value in (*asked.values(), *(value for _, value in self.pairs)))
+        )
+
+    def _refused(self, asked: dict[bytes, bytes], size: int) -> int:
+        if size > MAX_LIST:
+            return 431
+        if asked.get(b":method") != b"POST":
+            return 405
+        return 0 if is_rpc(self.headers.get(b"content-type", b"")) else 415
+
+
+class Heads:
+    """Decodes the header blocks of one connection.
+
+    Calls of one client mostly have the same headers, in the same few bytes, since HPACK refers to a table. What such
+    bytes meant is kept as long as the table stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = Decoder(max_header_list_size=_BOMB)
+        self._known: dict[bytes, Head] = {}
+
+    def read(self, block: bytes) -> Head:
+        """Return what `block` says; every block of a connection has to be read, in order."""
+        return self._known.get(block) or self._decoded(block)
+
+    def _decoded(self, block: bytes) -> Head:
+        table = self._decoder.header_table.dynamic_entries
+        before = table[0] if table else None, len(table)
+        try:
+            fields = self._decoder.decode(block, raw=True)
+        except OversizedHeaderListError as error:
+            raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"headers of more than {MAX_LIST:,} bytes") from error
+        except (HPACKError, IndexError, ValueError) as error:
+            raise ConnectionFault(Code.COMPRESSION_ERROR, "a header block can't be decoded") from error
+        head = Head([(bytes(name), bytes(value)) for name, value in fields])
+        # What is put into the table comes first there, as a new object.
+        if before != (table[0] if table else None, len(table)) or (table and table[0] is not before[0]):
+            self._known.clear()
+        elif len(self._known) < _MOST_KEPT:
+            self._known[block] = head
+        return head
+
+
+def header_block(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return headers as literals that no table keeps: the same bytes whatever was said before."""
+    return b"".join(b"\0" + _text(name) + _text(value) for name, value in pairs)
+
+
+def _text(text: bytes) -> bytes:
+    size = len(text)
+    if size < 127:
+        return bytes((size,)) + text
+    prefix, size = bytearray((127,)), size - 127
+    while size >= 128:
+        prefix.append(size & 127 | 128)
+        size >>= 7
+    prefix.append(size)
+    return bytes(prefix) + text

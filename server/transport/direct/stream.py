@@ -1,0 +1,189 @@
+"""One call on a stream of HTTP/2: what came of it, what is still to be sent, and who answers it."""
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+
+from layercast.server.errors import InvalidArgument
+from layercast.server.transport.calls import Begun
+from layercast.server.transport.direct.heads import Head, header_block
+from layercast.server.transport.framing import status_headers
+from layercast.server.transport.rpc_call import AHEAD, HEADERS, Cause, RpcCall
+from layercast.server.transport.status import Reply
+
+if TYPE_CHECKING:
+    from layercast.server.transport.direct.connection import Connection
+
+WINDOW: Final = 1 << 20
+"""Bytes of a call that may come before they are taken."""
+_CREDIT: Final = WINDOW // 4
+_GRACE: Final = 0.02
+"""Seconds after the deadline in which the service, which knows better how far the call got, may end it itself."""
+STATUS_200: Final = b"\x88"
+START: Final = STATUS_200 + header_block(HEADERS)
+"""The header block that begins every answer."""
+
+
+class Stream(RpcCall):
+    """A call, and the flow control of its two directions."""
+
+    __slots__ = (
+        "_begun", "_connection", "_owed", "_path", "_room", "_since", "_timer", "_was_answered",
+        "ending", "number", "outgoing", "receivable", "sendable", "started",
+    )  # fmt: skip
+
+    def __init__(self, connection: "Connection", number: int, head: Head, limit: int, sendable: int) -> None:
+        """`limit` is for a message either way, `sendable` what the caller takes at first, in bytes."""
+        super().__init__(head.pairs, head.headers, limit)
+        self._connection = connection
+        self._path = head.path
+        self._begun: Begun | None = None
+        self._was_answered = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._room: asyncio.Future[None] | None = None
+        self._since = self._loop.time()
+        self._owed = 0
+        self.number = number
+        self.receivable = WINDOW
+        self.sendable = sendable
+        self.outgoing = bytearray()
+        self.started = False
+        self.ending: bytes | None = None
+
+    def peer(self) -> str:
+        """Who calls, as grpc writes it."""
+        return self._connection.peer
+
+    def start_clock(self, since: float) -> None:
+        """Read the deadline, which counts from `since`, and see that the call ends with it."""
+        super().start_clock(since)
+        if self.deadline is not None and self._timer is None:
+            self._timer = self._loop.call_at(self.deadline + _GRACE, self.end, Cause.LATE)
+
+    def run(self) -> None:
+        """Let the handler answer."""
+        self._task = self._loop.create_task(self._run())
+
+    def take(self, piece: bytes, size: int, ended: bool) -> None:
+        """Take a piece of the body that had `size` bytes with its padding."""
+        self._owed += size
+        self._fed(piece, ended)
+        if self._task is None:
+            self._begin_if_whole()
+        if self._task is None and not ended:
+            self._ask()
+
+    def end_body(self) -> None:
+        """The caller has sent all."""
+        self.take(b"", 0, ended=True)
+
+    @property
+    def has_ended_body(self) -> bool:
+        """Whether the caller has sent all."""
+        return self._body_ended
+
+    def owes(self) -> int:
+        """Return how many bytes came and were not yet allowed again on the connection; they are, from now on."""
+        owed, self._owed = self._owed, 0
+        return owed
+
+    async def write(self, message: Any) -> None:
+        """Send a message, and wait while the caller is far behind."""
+        self.outgoing += self._framed(message)
+        self._connection.send_soon(self)
+        while len(self.outgoing) > AHEAD:
+            self._room = self._loop.create_future()
+            await self._room
+
+    def make_room(self) -> None:
+        """Some of what was written has gone."""
+        if self._room and not self._room.done() and len(self.outgoing) <= AHEAD:
+            self._room.set_result(None)
+
+    def end(self, cause: Cause) -> None:
+        """End the call before its time."""
+        if self.cause is not None:
+            return
+        if self._task:
+            self.cancel(cause)
+            return
+        self.cause = cause
+        begun, self._begun = self._begun, None
+        if begun:
+            begun.cancel(late=cause is Cause.LATE)
+        if cause is not Cause.GONE:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if cause is Cause.LATE else grpc.StatusCode.UNAVAILABLE
+            self.status = (code.value[0], cause.value, ())
+            self._finish()
+
+    def close(self) -> None:
+        """Nothing more will be sent."""
+        if self._timer:
+            self._timer.cancel()
+        self.outgoing.clear()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a handler is still at work."""
+        return self._task is not None and not self._task.done()
+
+    def _ask(self) -> None:
+        """Allow the caller as many bytes as came: whoever reads has taken them, and needs more."""
+        if self._owed >= _CREDIT and not self._body_ended:
+            owed = self.owes()
+            self.receivable += owed
+            self._connection.allow(self.number, owed)
+
+    def _begin_if_whole(self) -> None:
+        """Start the answer to a call that has a short path: when its message is there, or can't be right any more."""
+        if not self._body_ended:
+            if self._frames.is_doomed:
+                self.run()
+            return
+        raw = self._frames.whole()
+        if raw is not None:
+            try:
+                self.start_clock(self._since)
+                begun = self._connection.short[self._path](raw, self.deadline, self.peer(), self._answered)
+            except InvalidArgument:  # the deadline can't be read, as the handler will say
+                begun = None
+            if begun:
+                # It may have been answered before `begin` came back.
+                self._begun = None if self._was_answered else begun
+                return
+        self.run()
+
+    def _answered(self, raw: bytes | None, failed: Reply | None) -> None:
+        """Send the answer of the short path."""
+        self._begun, self._was_answered = None, True
+        if self.cause is not None:
+            return
+        if failed:
+            self.status = (failed.code.value[0], failed.message, failed.trailers)
+        elif raw is not None:
+            if self._connection.answer(self, raw):
+                return
+            self.answer(raw)
+        self._finish()
+
+    async def _run(self) -> None:
+        try:
+            await self._connection.handlers.answer(self, self._path, self._since)
+            self._finish()
+        except asyncio.CancelledError:
+            if self.cause is not Cause.GONE:
+                raise
+        finally:
+            self._loop.call_soon(self._connection.ran, self)
+
+    def _finish(self) -> None:
+        """Have the end sent: the answer if there is one, and the status."""
+        if self._whole is not None:
+            self.outgoing += self._whole
+        headers = status_headers(*self.status)
+        if self.outgoing or self.started:
+            self.ending = header_block(headers)
+        else:
+            self.ending, self.started = START + header_block(headers), True
+        self._connection.send(self)
