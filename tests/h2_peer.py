@@ -47,6 +47,9 @@ class Frame(NamedTuple):
     payload: bytes
     pairs: tuple[tuple[str, str], ...] = ()
 
+    def __repr__(self) -> str:
+        return f"{self.kind} {self.flags:#x} on {self.stream} {self.pairs or self.payload[:40]!r}"
+
     @property
     def number(self) -> int:
         """The last 32 bits: the error of RST_STREAM, the increment of WINDOW_UPDATE."""

@@ -152,11 +152,13 @@ def test_no_frame_is_larger_than_the_client_takes(connect, largest):
 
 
 def test_a_window_past_the_largest_is_an_error(connect, direct):
-    peer = connect({WINDOW: 10})
-    answered(direct, peer, 1, count=1000)
-    peer.open_window(1, LARGEST_WINDOW)
+    peer = connect({WINDOW: LARGEST_WINDOW})
+    answered(direct, peer, 1, count=100_000)
+    reaches(peer, 65_535, 1)
+    peer.open_window(1, 65_536)
     assert_stream_error(peer, 1, ErrorCodes.FLOW_CONTROL_ERROR)
     if not peer.goaway:
+        peer.open_window(0, 1000)
         assert_alive(peer, 3)
     peer = connect()
     peer.open_window(0, LARGEST_WINDOW)
