@@ -11,7 +11,9 @@ from layercast.server.engines.base import Engine, Inputs
 from layercast.server.engines.timing import durations
 
 _LIMIT: Final = 0.00025
-"""Seconds. A hand-over takes 0.1 ms of a processor and more; nothing else is answered while a forward runs inline."""
+"""Seconds. A hand-over takes 0.1 ms of a processor and more; nothing else is answered while a forward runs inline,"""
+_LIMIT_A_ROW: Final = 0.00001
+"""but that is so while rows are read and answered too, which takes several times as long."""
 _RUNS: Final = 9
 # The code of a module or of TorchScript may do, and wait for, anything; what these do can be seen.
 _SEEN: Final[tuple[Program, ...]] = ("onnx", "onnx-int8")
@@ -31,7 +33,7 @@ def inline_rows(engine: Engine, directory: Path, manifest: Manifest, one_row: In
     if any(spec.dynamic_dimensions() or spec.datatype == "BYTES" for spec in manifest.inputs):
         return 0
     found, rows = 0, 1
-    while rows <= most and _seconds(engine, one_row, rows) <= _LIMIT:
+    while rows <= most and _seconds(engine, one_row, rows) <= _LIMIT + rows * _LIMIT_A_ROW:
         found, rows = rows, rows * 2
     return found if found and _steady(directory, manifest, manifest.programs[name]) else 0
 

@@ -3,7 +3,7 @@
 import asyncio
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -81,7 +81,8 @@ class Loaded:
 class ServedModel:
     """Runs rows of one model version. Made on the event loop, since its batcher lives there."""
 
-    def __init__(self, loaded: Loaded, monitor: ModelMonitor) -> None:
+    def __init__(self, loaded: Loaded, monitor: ModelMonitor, together: bool = False) -> None:
+        """`together` says how the front end hands over: see `Limits`."""
         self.loaded = loaded
         self.manifest = loaded.manifest
         self.monitor = monitor
@@ -101,7 +102,8 @@ class ServedModel:
                 runner.taps.on_stopped = partial(_told, loop, monitor.stopped_early)
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
-        self.batcher = Batcher(self.manifest.name, loaded.runners, loaded.limits, monitor, prepare)
+        limits = replace(loaded.limits, together=together)
+        self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, prepare)
         self.streams = OpenStreams(self.manifest.name, loaded.limits.queue_bytes, monitor)
 
     def hold(self) -> None:

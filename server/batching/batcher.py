@@ -51,7 +51,7 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._next_look: asyncio.Handle | None = None
         self._delay_over: asyncio.TimerHandle | None = None
-        self._patience = Patience()
+        self._patience = Patience(limits.together)
         self._held = self._draining = self._closed = self._hurried = False
         self._settled = asyncio.Event()
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Answer = Callable[[Sequence[Work], Ran, Reason], None]
 Fail = Callable[[Sequence[Work], Exception], None]
 
-_SURPRISE_NS: Final = 1_000_000
+_SURPRISE_NS: Final = 3_000_000
 """What no forward on the loop should take."""
 _MOST_SURPRISES: Final = 3
 """As many of them send the model's forwards to its threads,"""

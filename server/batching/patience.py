@@ -17,16 +17,20 @@ class Patience:
     over one request a pass (grpc.aio does, however many wait), all would run alone. So rows run on the loop only while
     requests come in bunches. Then, too, they wait for others: a request takes several passes from its first byte to the
     queue; those that bring nothing take some microseconds each.
+
+    A front end may hand over `together`, in one pass, all that came while the loop was busy. Then rows always run on
+    the loop, and wait for nobody.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: bool = False) -> None:
+        self._together = together
         self._quiet = self._new = 0
         self._bunch = 1.0
 
     @property
     def here(self) -> bool:
         """Whether a short forward delays nobody who would have shared the next one."""
-        return self._bunch >= _BUNCH
+        return self._together or self._bunch >= _BUNCH
 
     def came(self) -> None:
         """A request has come."""
@@ -42,4 +46,4 @@ class Patience:
     def lasts(self, arrived: int) -> bool:
         """Tell whether to wait one more pass, the oldest row having arrived at `arrived` (`perf_counter_ns`)."""
         self._quiet += 1
-        return self._quiet < _PASSES and time.perf_counter_ns() - arrived < _LONGEST_NS
+        return not self._together and self._quiet < _PASSES and time.perf_counter_ns() - arrived < _LONGEST_NS

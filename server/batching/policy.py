@@ -22,7 +22,8 @@ class Limits:
     `queue_rows` and `queue_bytes` bound what waits. `preferred` are batch sizes that leave as soon as they are
     reached. `queue_timeout` is the seconds that a request may wait, None for any time; `priorities` the number of
     levels, of which the last is the default. Batches of up to `inline_rows` rows are over sooner than they could be
-    handed to a thread.
+    handed to a thread. `together` says that the front end hands over in one pass of the event loop whatever came while
+    the loop was busy.
     """
 
     max_batch: int
@@ -33,6 +34,7 @@ class Limits:
     queue_timeout: float | None = None
     priorities: int = 1
     inline_rows: int = 0
+    together: bool = False
 
     @property
     def delay_ns(self) -> int:

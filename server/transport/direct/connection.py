@@ -296,6 +296,7 @@ class Connection(asyncio.Protocol):
 
     def _turn_out(self) -> None:
         """Close once all is written, or soon."""
+        self._sending.flush_answers()
         self.deaf = True
         self._clock.cancel()
         self._clock = self._loop.call_later(_LINGER_SECONDS, self._transport.abort)

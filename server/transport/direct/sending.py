@@ -31,6 +31,7 @@ class Sending:
         self._forget = forget
         self._window = self.first_window = frames.DEFAULT_WINDOW
         self._waiting: dict[Stream, None] = {}
+        self._answers: list[bytes] = []
         self._soon: asyncio.Handle | None = None
         self.paused = False
 
@@ -68,15 +69,25 @@ class Sending:
             return False
         self._window -= framed
         number = stream.number.to_bytes(4, "big")
-        self._transport.write(
-            b"".join((
-                _START_HEAD, number, START,
-                framed.to_bytes(3, "big"), _DATA, number, b"\0", size.to_bytes(4, "big"), raw,
-                _OK_HEAD, number, _OK,
-            ))
+        self._answers += (
+            _START_HEAD, number, START,
+            framed.to_bytes(3, "big"), _DATA, number, b"\0", size.to_bytes(4, "big"), raw,
+            _OK_HEAD, number, _OK,
         )  # fmt: skip
+        # Others of this peer may run in the same batch, and each write costs as much as all else about an answer.
+        if len(self._streams) > 1:
+            self._flush_soon()
+        else:
+            self.flush_answers()
         self._forget(stream)
         return True
+
+    def flush_answers(self) -> None:
+        """Write the answers that are ready."""
+        if self._answers:
+            content = b"".join(self._answers)
+            self._answers.clear()
+            self._transport.write(content)
 
     def send(self, stream: Stream) -> None:
         """Send what waits in the stream, and its end if it has one."""
@@ -86,8 +97,7 @@ class Sending:
     def send_soon(self, stream: Stream) -> None:
         """The same a moment later, together with what else is ready by then."""
         self._waiting[stream] = None
-        if self._soon is None:
-            self._soon = asyncio.get_running_loop().call_soon(self._send_now)
+        self._flush_soon()
 
     def drop(self, stream: Stream) -> None:
         """Send nothing more of a stream."""
@@ -136,6 +146,11 @@ class Sending:
             sent.append(stream)
         return size
 
-    def _send_now(self) -> None:
+    def _flush_soon(self) -> None:
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_soon(self._flush_now)
+
+    def _flush_now(self) -> None:
         self._soon = None
+        self.flush_answers()
         self.flush()
