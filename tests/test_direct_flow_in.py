@@ -5,7 +5,6 @@ import pytest
 from direct import (
     EXHAUSTED,
     INVALID,
-    LIVE,
     MESSAGE_LIMIT,
     OK,
     UNIMPLEMENTED,
