@@ -1,6 +1,6 @@
 """How throughput and latency change as the work grows: more callers, more rows, more models, larger features.
 
-    python benchmarks/curves.py [--front-ends grpcio,envoy] [--only concurrency] --output benchmarks/pictures
+    python benchmarks/curves.py [--front-ends direct,envoy] [--only concurrency] --output benchmarks/pictures
 
 Writes one picture and the figures (JSON) for each curve. Load and server share the machine; every point is one server
 under one load, its answers checked before and after.
@@ -115,7 +115,7 @@ CURVES: Final[dict[str, tuple[Curve, str, str]]] = {
 def main() -> int:
     """Measure and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--front-ends", default="grpcio,envoy")
+    parser.add_argument("--front-ends", default="direct,grpcio,envoy")
     parser.add_argument("--only", choices=CURVES, action="append")
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--cache", type=Path, default=default_cache())

@@ -56,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="folder with triton.py")
     parser.add_argument("--peers-python", type=Path, default=Path.home() / ".cache/layercast-peers/triton/bin/python")
-    parser.add_argument("--front-ends", default="grpcio,envoy")
+    parser.add_argument("--front-ends", default="direct,grpcio,envoy")
     parser.add_argument("--only", default="", help="regular expression over the names of the workloads")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5)
@@ -136,7 +136,7 @@ def serve_command(repository: Path, front_end: str, port: int, args: argparse.Na
         "--grpc-port", str(port), "--http-port", str(port + 1), "--metrics-port", str(port + 2), "--cache",
         str(args.cache), *args.serve.split(),
     ]  # fmt: skip
-    return command if front_end == "grpcio" else [*command, "--front-end", front_end]
+    return [*command, "--front-end", front_end]
 
 
 def _triton(bench: Bench, workload: Workload) -> Server:

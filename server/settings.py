@@ -162,8 +162,8 @@ class Settings(ModelSettings, BaseSettings):
     grpc_port: int = Field(default=8001, ge=0, le=65_535, description="gRPC port; 0 takes a free one")
     http_port: int = Field(default=8000, ge=0, le=65_535, description="HTTP port: REST v2, metrics; 0 takes a free one")
     metrics_port: int = Field(default=8002, ge=0, le=65_535, description="Prometheus port; 0 takes a free one")
-    front_end: Literal["grpcio", "envoy", "direct"] = Field(
-        default="grpcio", description="what speaks to the network; envoy needs layercast[envoy]"
+    front_end: Literal["direct", "grpcio", "envoy"] = Field(
+        default="direct", description="what speaks to the network; envoy needs layercast[envoy]"
     )
     max_message_mb: int = Field(default=64, ge=1, le=2047, description="largest message either way, MiB")
     drain_seconds: float = Field(default=10.0, ge=0, description="how long running requests may finish at shutdown, s")

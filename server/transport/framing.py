@@ -85,22 +85,18 @@ class Frames:
         with memoryview(data) as view:
             return bool(flag), bytes(view[start : self._at])
 
-    def whole(self) -> bytes | None:
-        """Return the bytes of the one message that was fed, which stays here; None if it isn't that, uncompressed."""
-        data = self._data
-        if self._at or len(data) < _HEAD or data[0]:
-            return None
-        size = int.from_bytes(data[1:_HEAD], "big")
-        if size > self._limit or len(data) != size + _HEAD:
-            return None
-        with memoryview(data) as view:
-            return bytes(view[_HEAD:])
 
-    @property
-    def is_doomed(self) -> bool:
-        """Whether the head of the next message is there and `next` would raise for it, whatever follows."""
-        head = self._data[self._at : self._at + _HEAD]
-        return len(head) == _HEAD and (head[0] > 1 or int.from_bytes(head[1:], "big") > self._limit)
+def may_begin(piece: bytes, limit: int) -> bool:
+    """Tell whether a body that begins with `piece` may be one message of at most `limit` bytes, uncompressed."""
+    return len(piece) >= _HEAD and not piece[0] and int.from_bytes(piece[1:_HEAD], "big") <= limit
+
+
+def only_message(pieces: list[bytes], limit: int) -> bytes | None:
+    """Return the one message, uncompressed, that a body of these pieces is; None if it is anything else."""
+    first = pieces[0]
+    if not may_begin(first, limit) or int.from_bytes(first[1:_HEAD], "big") + _HEAD != sum(map(len, pieces)):
+        return None
+    return b"".join((first[_HEAD:], *pieces[1:])) if len(pieces) > 1 else first[_HEAD:]
 
 
 def too_large(size: str, limit: int) -> ResourceExhausted:

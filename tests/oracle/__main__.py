@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="clients killed with requests under way, at most")
     parser.add_argument("--reloads", type=int, default=10_000, help="models reloaded, at most")
     parser.add_argument("--growth", type=float, default=50, help="MB the server may grow in the second half")
-    parser.add_argument("--front-end", default="grpcio", help="what the server speaks with: grpcio or envoy")
+    parser.add_argument("--front-end", default="direct", help="what the server speaks with: direct, grpcio or envoy")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "repository"

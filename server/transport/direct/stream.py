@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
+from layercast.server.batching.policy import late_from
 from layercast.server.errors import InvalidArgument
 from layercast.server.transport.calls import Begun
 from layercast.server.transport.direct.heads import Head, header_block
-from layercast.server.transport.framing import status_headers
+from layercast.server.transport.framing import may_begin, only_message, status_headers
 from layercast.server.transport.rpc_call import AHEAD, HEADERS, Cause, RpcCall
 from layercast.server.transport.status import Reply
 
@@ -29,7 +30,7 @@ class Stream(RpcCall):
     """A call, and the flow control of its two directions."""
 
     __slots__ = (
-        "_begun", "_connection", "_owed", "_path", "_room", "_since", "_timer", "_was_answered",
+        "_begun", "_connection", "_owed", "_path", "_pieces", "_room", "_since", "_timer", "_was_answered",
         "ending", "number", "outgoing", "receivable", "sendable", "started",
     )  # fmt: skip
 
@@ -38,6 +39,8 @@ class Stream(RpcCall):
         super().__init__(head.pairs, head.headers, limit)
         self._connection = connection
         self._path = head.path
+        # Of a call that has a short path, until it is clear whether it goes there.
+        self._pieces: list[bytes] | None = [] if head.path in connection.short else None
         self._begun: Begun | None = None
         self._was_answered = False
         self._timer: asyncio.TimerHandle | None = None
@@ -63,15 +66,24 @@ class Stream(RpcCall):
 
     def run(self) -> None:
         """Let the handler answer."""
+        if self._pieces is not None:
+            pieces, self._pieces = self._pieces, None
+            self._fed(b"".join(pieces), self._body_ended)
         self._task = self._loop.create_task(self._run())
 
     def take(self, piece: bytes, size: int, ended: bool) -> None:
         """Take a piece of the body that had `size` bytes with its padding."""
         self._owed += size
-        self._fed(piece, ended)
-        if self._task is None:
-            self._begin_if_whole()
-        if self._task is None and not ended:
+        if self._pieces is None:
+            self._fed(piece, ended)
+            return
+        self._body_ended = ended
+        self._pieces.append(piece)
+        if ended:
+            self._begin(self._pieces)
+        elif len(self._pieces) == 1 and not may_begin(piece, self._limit):
+            self.run()
+        else:
             self._ask()
 
     def end_body(self) -> None:
@@ -111,7 +123,8 @@ class Stream(RpcCall):
         self.cause = cause
         begun, self._begun = self._begun, None
         if begun:
-            begun.cancel(late=cause is Cause.LATE)
+            # A caller whose deadline is over resets the call, often before the deadline is over here.
+            begun.cancel(late=self._loop.time() >= late_from(self.deadline, self._since))
         if cause is not Cause.GONE:
             code = grpc.StatusCode.DEADLINE_EXCEEDED if cause is Cause.LATE else grpc.StatusCode.UNAVAILABLE
             self.status = (code.value[0], cause.value, ())
@@ -135,13 +148,9 @@ class Stream(RpcCall):
             self.receivable += owed
             self._connection.allow(self.number, owed)
 
-    def _begin_if_whole(self) -> None:
-        """Start the answer to a call that has a short path: when its message is there, or can't be right any more."""
-        if not self._body_ended:
-            if self._frames.is_doomed:
-                self.run()
-            return
-        raw = self._frames.whole()
+    def _begin(self, pieces: list[bytes]) -> None:
+        """Start the answer to a call that has a short path, its body being there."""
+        raw = only_message(pieces, self._limit)
         if raw is not None:
             try:
                 self.start_clock(self._since)
