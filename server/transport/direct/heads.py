@@ -19,6 +19,9 @@ MAX_LIST: Final = 32 << 10
 _BOMB: Final = 4 * MAX_LIST
 _EACH: Final = 32
 _MOST_KEPT: Final = 64
+_LONGEST_KEPT: Final = 4096
+NO_TABLE: Final = b"\x20"
+"""What begins a block whose sender keeps no table from now on."""
 
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
 _VALUE: Final = re.compile(rb"[^\x00\r\n]*")
@@ -93,12 +96,18 @@ class Heads:
         except (HPACKError, IndexError, ValueError) as error:
             raise ConnectionFault(Code.COMPRESSION_ERROR, "a header block can't be decoded") from error
         head = Head([(bytes(name), bytes(value)) for name, value in fields])
-        # What is put into the table comes first there, as a new object.
-        if before != (table[0] if table else None, len(table)) or (table and table[0] is not before[0]):
+        # What is put into the table comes first there, as a new object. How much may be put there can't be seen in it.
+        changed = before != (table[0] if table else None, len(table)) or (table and table[0] is not before[0])
+        if changed or _resizes(block):
             self._known.clear()
-        elif len(self._known) < _MOST_KEPT:
+        elif len(self._known) < _MOST_KEPT and len(block) <= _LONGEST_KEPT:
             self._known[block] = head
         return head
+
+
+def _resizes(block: bytes) -> bool:
+    """Tell whether the block changes how much the table may hold."""
+    return block[:1] >= NO_TABLE and block[0] < 0x40
 
 
 def header_block(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
