@@ -190,7 +190,8 @@ class Connection(asyncio.Protocol):
 
     def on_settings(self, values: list[tuple[int, int]]) -> None:
         """Go by them, and say so."""
-        for setting, value in values:
+        # Of those that one frame sets again and again, the last counts; each could move the windows of all streams.
+        for setting, value in dict(values).items():
             self._sending.set(setting, value)
         self._transport.write(frame(frames.SETTINGS, frames.ACK, 0))
 
@@ -211,8 +212,7 @@ class Connection(asyncio.Protocol):
             if not more or stream.sendable + more > frames.MAX_WINDOW:
                 self._reset(stream, Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR)
             else:
-                stream.sendable += more
-                self._sending.flush()
+                self._sending.widen_stream(stream, more)
         else:
             self._check_past(number)
 
@@ -226,7 +226,7 @@ class Connection(asyncio.Protocol):
         elif head.refused:
             self._calm.spend()
             block = header_block(((b":status", str(head.refused).encode()),))
-            self._transport.write(frames.header_frames(number, block, end=True))
+            self._transport.write(self._sending.headers(number, block, end=True))
             if not ended:
                 self._send_reset(number, Code.NO_ERROR)
         else:
