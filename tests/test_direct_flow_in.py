@@ -72,6 +72,38 @@ def test_a_message_over_the_limit_is_refused_by_its_head(connect, direct, name):
     assert_alive(peer, 3)
 
 
+@pytest.mark.parametrize("name", ["ModelInfer", "ServerLive"])
+def test_a_message_over_the_limit_is_refused_by_a_head_in_pieces_too(connect, name):
+    peer = connect()
+    peer.headers(1, call_headers(name))
+    for byte in b"\0" + (MESSAGE_LIMIT + 1).to_bytes(4, "big"):
+        peer.data(1, bytes([byte]))
+    assert peer.answer(1).status == EXHAUSTED
+
+
+@pytest.mark.parametrize("name", ["ModelInfer", "ServerLive"])
+def test_a_body_that_goes_on_after_its_message_is_not_kept(connect, name):
+    """Nor read without end."""
+    peer = connect()
+    peer.headers(1, call_headers(name))
+    body = message(b"") + b"\0\0\0\0\1" * (60 << 20)
+    with PeakMemory() as peak:
+        peer.upload(1, body)
+    assert peak.bytes < 100 << 20
+    assert peer.answer(1).status not in (None, OK)
+    assert_alive(peer, 3)
+
+
+def test_a_message_of_very_many_pieces_costs_little_more_than_itself(connect):
+    peer = connect()
+    body = message(asked("first", np.zeros((1, 1 << 19), "f4")).SerializeToString())
+    peer.headers(1, call_headers("ModelInfer"))
+    with PeakMemory() as peak:
+        peer.upload(1, body, piece=9)
+        assert peer.answer(1).status == OK
+    assert peak.bytes < 6 * len(body)
+
+
 def test_streams_that_nobody_reads_are_stopped_by_their_windows(connect, direct):
     """What is sent beyond the window is an error; what was sent within it is served later."""
     peer = connect()

@@ -100,3 +100,13 @@ def test_many_calls_with_headers_just_under_the_limit_are_all_served(connect):
         peer.data(stream, message(b""), end=True)
     for stream in range(1, 101, 2):
         assert peer.answer(stream).status == OK
+
+
+def test_blocks_that_never_come_again_are_not_kept(connect):
+    peer = connect()
+    with PeakMemory() as peak:
+        for number in range(400):
+            send_block(peer, 2 * number + 1, CALL + literal("x", f"{number}" * 10_000))
+            peer.data(2 * number + 1, message(b""), end=True)
+            assert peer.answer(2 * number + 1).status == OK
+    assert peak.bytes < 8 << 20

@@ -165,6 +165,25 @@ def test_the_table_may_be_emptied_and_made_large_again_at_the_start_of_a_block(b
     assert_connection_error(blocks.peer, ErrorCodes.COMPRESSION_ERROR)
 
 
+def test_a_block_that_changes_the_size_of_an_empty_table_changes_it_each_time(blocks):
+    small, large = resized(64) + CALL, resized(4096) + CALL
+    for block in (large, small, large):
+        blocks.read(block)
+    blocks.read(CALL + literal("x", "l" * 100, KEPT))
+    assert blocks.read(CALL + indexed(62)) == [("x", "l" * 100)]
+    # What does not fit into the table now may fit into it later.
+    kept = CALL + literal("x", "s" * 100, KEPT)
+    blocks.read(small)
+    blocks.read(kept)
+    blocks.read(large)
+    blocks.read(kept)
+    assert blocks.read(CALL + indexed(62)) == [("x", "s" * 100)]
+    blocks.read(small)
+    blocks.read(kept)
+    blocks.peer.frame(Kind.HEADERS, END_HEADERS, 99, CALL + indexed(62))
+    assert_connection_error(blocks.peer, ErrorCodes.COMPRESSION_ERROR)
+
+
 def test_a_field_larger_than_the_table_empties_it(blocks):
     blocks.read(CALL + literal("x", "1", KEPT))
     assert blocks.read(CALL + literal("x", "l" * 5000, KEPT)) == [("x", "l" * 5000)]

@@ -11,6 +11,7 @@ from direct import (
     INTERNAL,
     INVALID,
     LIVE,
+    MESSAGE_LIMIT,
     OK,
     UNIMPLEMENTED,
     assert_alive,
@@ -19,7 +20,8 @@ from direct import (
 )
 from google.rpc.error_details_pb2 import BadRequest
 from google.rpc.status_pb2 import Status
-from h2_peer import END_STREAM, Kind, call_headers, message
+from h2.settings import SettingCodes
+from h2_peer import END_STREAM, LARGEST_WINDOW, Kind, call_headers, message
 from numeric import asked
 
 from layercast.proto.messages import ModelStreamInferResponse
@@ -185,3 +187,12 @@ def test_messages_of_a_stream_may_come_in_one_frame_and_one_message_in_many(conn
             ModelStreamInferResponse.FromString(each).infer_response.outputs[0].shape[1] for each in reply.messages
         ]
         assert shapes == list(range(1, 9))
+
+
+def test_an_answer_over_the_limit_is_an_error_and_not_sent(connect):
+    peer = connect({SettingCodes.INITIAL_WINDOW_SIZE: LARGEST_WINDOW})
+    peer.call(1, "ModelInfer", asked("wide", np.zeros((MESSAGE_LIMIT >> 20, 1), "f4")))
+    reply = peer.answer(1)
+    assert reply.status == EXHAUSTED
+    assert f"{MESSAGE_LIMIT:,}" in reply.text
+    assert_alive(peer, 3)

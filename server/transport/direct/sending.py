@@ -87,12 +87,9 @@ class Sending:
         """Send the whole answer to a call, its only message, if that can be done at once; tell whether it was."""
         size = len(raw)
         framed = size + 5
-        if (
-            framed > min(frames.MAX_PAYLOAD, self._window, stream.sendable)
-            or self.paused
-            or self._waiting
-            or self._resize
-        ):
+        if framed > min(frames.MAX_PAYLOAD, self._window, stream.sendable):
+            return False
+        if self.paused or self._waiting or self._resize:
             return False
         self._window -= framed
         number = stream.number.to_bytes(4, "big")
