@@ -176,7 +176,7 @@ class Connection(asyncio.Protocol):
     def on_headers(self, number: int, head: Head, ended: bool) -> None:
         """Begin a call, or end the body of one."""
         if stream := self._streams.get(number):
-            if stream.has_ended_body or not ended:
+            if stream.has_ended_body or not ended or not head.is_trailers:
                 self._reset(stream, Code.STREAM_CLOSED if stream.has_ended_body else Code.PROTOCOL_ERROR)
             else:
                 stream.end_body()
@@ -240,7 +240,9 @@ class Connection(asyncio.Protocol):
         else:
             stream = Stream(self, number, head, self._owner.limit, self._sending.first_window)
             self._streams[number] = stream
-            if head.path not in self.short:
+            if head.path in self.short:
+                stream.wait()
+            else:
                 stream.run()
             if ended:
                 stream.end_body()

@@ -69,6 +69,13 @@ class Stream(RpcCall):
         if self.deadline is not None and self._timer is None:
             self._timer = self._loop.call_at(self.deadline + _GRACE, self.end, Cause.LATE)
 
+    def wait(self) -> None:
+        """Let the message come, until the deadline at most."""
+        try:
+            self.start_clock(self._since)
+        except InvalidArgument:  # the deadline can't be read, as the handler will say
+            self.run()
+
     def run(self) -> None:
         """Let the handler answer."""
         if self._pieces is not None:
@@ -129,7 +136,7 @@ class Stream(RpcCall):
         if self._task:
             self.cancel(cause)
             return
-        self.cause = cause
+        self.cause, self._pieces = cause, None
         begun, self._begun = self._begun, None
         if begun:
             # A caller whose deadline is over resets the call, often before the deadline is over here.
@@ -152,7 +159,7 @@ class Stream(RpcCall):
 
     def _ask(self) -> None:
         """Allow the caller as many bytes as came: whoever reads has taken them, and needs more."""
-        # On the connection at once: of many streams each may owe less than is worth a frame, and all together all of it.
+        # On the connection at once: each of many streams may owe less than is worth a frame, and together they owe all.
         self._connection.took(self.owes())
         if self._owed >= _CREDIT and not self._body_ended:
             self.receivable += self._owed
@@ -163,11 +170,7 @@ class Stream(RpcCall):
         """Start the answer to a call that has a short path, its body being there."""
         raw = only_message(pieces, self._limit)
         if raw is not None:
-            try:
-                self.start_clock(self._since)
-                begun = self._connection.short[self._path](raw, self.deadline, self.peer(), self._answered)
-            except InvalidArgument:  # the deadline can't be read, as the handler will say
-                begun = None
+            begun = self._connection.short[self._path](raw, self.deadline, self.peer(), self._answered)
             if begun:
                 # It may have been answered before `begin` came back.
                 self._begun = None if self._was_answered else begun
