@@ -19,6 +19,9 @@ MAX_LIST: Final = 32 << 10
 _BOMB: Final = 4 * MAX_LIST
 _EACH: Final = 32
 _MOST_KEPT: Final = 64
+_LONGEST_KEPT: Final = 4096
+NO_TABLE: Final = b"\x20"
+"""What begins a block whose sender keeps no table from now on."""
 
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
 _VALUE: Final = re.compile(rb"[^\x00\r\n]*")
@@ -35,29 +38,31 @@ Pairs = tuple[tuple[bytes, bytes], ...]
 class Head:
     """The headers of one call. Nobody changes it: calls with equal ones share it.
 
-    `pairs` are those without a colon, `headers` the last of each name. `malformed` says that HTTP/2 forbids them,
-    `refused` is the status of HTTP, or 0, for a request that is no call of gRPC.
+    `pairs` are those without a colon, `headers` the last of each name. `malformed` says that HTTP/2 forbids them as the
+    beginning of a request, `is_trailers` that it allows them at its end; `refused` is the status of HTTP, or 0, for a
+    request that is no call of gRPC.
     """
 
-    __slots__ = ("headers", "malformed", "pairs", "path", "refused")
+    __slots__ = ("headers", "is_trailers", "malformed", "pairs", "path", "refused")
 
     def __init__(self, fields: list[tuple[bytes, bytes]]) -> None:
         pseudo = [pair for pair in fields if pair[0][:1] == b":"]
         self.pairs: Pairs = tuple(pair for pair in fields if pair[0][:1] != b":")
         self.headers = dict(self.pairs)
         asked = dict(pseudo)
-        self.malformed = fields[: len(pseudo)] != pseudo or len(asked) != len(pseudo) or not self._well_formed(asked)
+        plain = self._is_plain()
+        self.is_trailers = plain and not pseudo
+        in_order = fields[: len(pseudo)] == pseudo and len(asked) == len(pseudo)
+        self.malformed = not (plain and in_order and _is_request(asked))
         self.path = asked.get(b":path", b"").decode("latin-1")
         self.refused = self._refused(asked, sum(len(name) + len(value) + _EACH for name, value in fields))
 
-    def _well_formed(self, asked: dict[bytes, bytes]) -> bool:
+    def _is_plain(self) -> bool:
+        """Tell whether the fields without a colon are such as HTTP/2 has."""
         return (
-            _REQUIRED <= asked.keys() <= _PSEUDO
-            and asked[b":path"].startswith((b"/", b"*"))
-            and self.headers.keys().isdisjoint(_OF_CONNECTIONS)
+            self.headers.keys().isdisjoint(_OF_CONNECTIONS)
             and self.headers.get(b"te", b"trailers") == b"trailers"
-            and all(_NAME.fullmatch(name) for name, _ in self.pairs)
-            and all(_VALUE.fullmatch(value) for value in (*asked.values(), *(value for _, value in self.pairs)))
+            and all(_NAME.fullmatch(name) and _VALUE.fullmatch(value) for name, value in self.pairs)
         )
 
     def _refused(self, asked: dict[bytes, bytes], size: int) -> int:
@@ -93,12 +98,26 @@ class Heads:
         except (HPACKError, IndexError, ValueError) as error:
             raise ConnectionFault(Code.COMPRESSION_ERROR, "a header block can't be decoded") from error
         head = Head([(bytes(name), bytes(value)) for name, value in fields])
-        # What is put into the table comes first there, as a new object.
-        if before != (table[0] if table else None, len(table)) or (table and table[0] is not before[0]):
+        # What is put into the table comes first there, as a new object. How much may be put there can't be seen in it.
+        changed = before != (table[0] if table else None, len(table)) or (table and table[0] is not before[0])
+        if changed or _resizes(block):
             self._known.clear()
-        elif len(self._known) < _MOST_KEPT:
+        elif len(self._known) < _MOST_KEPT and len(block) <= _LONGEST_KEPT:
             self._known[block] = head
         return head
+
+
+def _is_request(asked: dict[bytes, bytes]) -> bool:
+    return (
+        _REQUIRED <= asked.keys() <= _PSEUDO
+        and asked[b":path"].startswith((b"/", b"*"))
+        and all(_VALUE.fullmatch(value) for value in asked.values())
+    )
+
+
+def _resizes(block: bytes) -> bool:
+    """Tell whether the block changes how much the table may hold."""
+    return block[:1] >= NO_TABLE and block[0] < 0x40
 
 
 def header_block(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
