@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-DEFAULT = "grpcio"
+DEFAULT = "direct"
 """The front end of servers in tests that don't care; `test_front_ends.py` runs the protocol's tests with the other."""
 OTHER = "direct" if DEFAULT == "grpcio" else "grpcio"
 _CHOSEN = os.environ.get("LAYERCAST_TEST_FRONT_END", DEFAULT)

@@ -8,7 +8,7 @@ from layercast.server.transport.calls import Begin
 from layercast.server.transport.direct import frames
 from layercast.server.transport.direct.calm import ANSWERED, SENT, Calm
 from layercast.server.transport.direct.frames import Code, ConnectionFault, frame, number_bytes
-from layercast.server.transport.direct.heads import MAX_LIST, Head, header_block
+from layercast.server.transport.direct.heads import MAX_LIST, Head
 from layercast.server.transport.direct.reading import NotHttp2, Reader
 from layercast.server.transport.direct.sending import Sending
 from layercast.server.transport.direct.stream import WINDOW, Stream
@@ -231,10 +231,9 @@ class Connection(asyncio.Protocol):
         elif head.malformed:
             self._calm.spend()
             self._send_reset(number, Code.PROTOCOL_ERROR)
-        elif head.refused:
+        elif head.refusal:
             self._calm.spend()
-            block = header_block(((b":status", str(head.refused).encode()),))
-            self._transport.write(self._sending.headers(number, block, end=True))
+            self._transport.write(self._sending.headers(number, head.refusal, end=True))
             if not ended:
                 self._send_reset(number, Code.NO_ERROR)
         else:

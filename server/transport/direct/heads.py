@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
+import grpc
 from hpack import Decoder, HPACKError, OversizedHeaderListError
 
 from layercast.server.transport.direct.frames import Code, ConnectionFault
-from layercast.server.transport.rpc_call import is_rpc
+from layercast.server.transport.framing import status_headers
+from layercast.server.transport.rpc_call import HEADERS, is_rpc
 
 # At its DEBUG level it writes every header of every call, tokens too.
 logging.getLogger("hpack").setLevel(logging.WARNING)
@@ -18,6 +20,10 @@ MAX_LIST: Final = 32 << 10
 # Beyond it, decoding stops in the middle, and what is said after it can't be read any more.
 _BOMB: Final = 4 * MAX_LIST
 _EACH: Final = 32
+_TOO_MUCH: Final = (
+    grpc.StatusCode.RESOURCE_EXHAUSTED.value[0],
+    f"the headers take more than {MAX_LIST:,} bytes, names, values and {_EACH} for each counted; send fewer",
+)
 _MOST_KEPT: Final = 64
 _LONGEST_KEPT: Final = 4096
 NO_TABLE: Final = b"\x20"
@@ -35,15 +41,36 @@ _OF_CONNECTIONS: Final = frozenset(
 Pairs = tuple[tuple[bytes, bytes], ...]
 
 
+def header_block(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return headers as literals that no table keeps: the same bytes whatever was said before."""
+    return b"".join(b"\0" + _text(name) + _text(value) for name, value in pairs)
+
+
+def _text(text: bytes) -> bytes:
+    size = len(text)
+    if size < 127:
+        return bytes((size,)) + text
+    prefix, size = bytearray((127,)), size - 127
+    while size >= 128:
+        prefix.append(size & 127 | 128)
+        size >>= 7
+    prefix.append(size)
+    return bytes(prefix) + text
+
+
+START: Final = b"\x88" + header_block(HEADERS)
+"""The header block, with status 200, that begins every answer."""
+
+
 class Head:
     """The headers of one call. Nobody changes it: calls with equal ones share it.
 
     `pairs` are those without a colon, `headers` the last of each name. `malformed` says that HTTP/2 forbids them as the
-    beginning of a request, `is_trailers` that it allows them at its end; `refused` is the status of HTTP, or 0, for a
-    request that is no call of gRPC.
+    beginning of a request, `is_trailers` that it allows them at its end; `refusal` is the header block that answers a
+    request which is no call of gRPC, or one with too many headers.
     """
 
-    __slots__ = ("headers", "is_trailers", "malformed", "pairs", "path", "refused")
+    __slots__ = ("headers", "is_trailers", "malformed", "pairs", "path", "refusal")
 
     def __init__(self, fields: list[tuple[bytes, bytes]]) -> None:
         pseudo = [pair for pair in fields if pair[0][:1] == b":"]
@@ -55,7 +82,7 @@ class Head:
         in_order = fields[: len(pseudo)] == pseudo and len(asked) == len(pseudo)
         self.malformed = not (plain and in_order and _is_request(asked))
         self.path = asked.get(b":path", b"").decode("latin-1")
-        self.refused = self._refused(asked, sum(len(name) + len(value) + _EACH for name, value in fields))
+        self.refusal = self._refusal(asked, sum(len(name) + len(value) + _EACH for name, value in fields))
 
     def _is_plain(self) -> bool:
         """Tell whether the fields without a colon are such as HTTP/2 has."""
@@ -65,12 +92,12 @@ class Head:
             and all(_NAME.fullmatch(name) and _VALUE.fullmatch(value) for name, value in self.pairs)
         )
 
-    def _refused(self, asked: dict[bytes, bytes], size: int) -> int:
-        if size > MAX_LIST:
-            return 431
+    def _refusal(self, asked: dict[bytes, bytes], size: int) -> bytes:
         if asked.get(b":method") != b"POST":
-            return 405
-        return 0 if is_rpc(self.headers.get(b"content-type", b"")) else 415
+            return header_block(((b":status", b"405"),))
+        if not is_rpc(self.headers.get(b"content-type", b"")):
+            return header_block(((b":status", b"415"),))
+        return START + header_block(status_headers(*_TOO_MUCH, ())) if size > MAX_LIST else b""
 
 
 class Heads:
@@ -118,20 +145,3 @@ def _is_request(asked: dict[bytes, bytes]) -> bool:
 def _resizes(block: bytes) -> bool:
     """Tell whether the block changes how much the table may hold."""
     return block[:1] >= NO_TABLE and block[0] < 0x40
-
-
-def header_block(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return headers as literals that no table keeps: the same bytes whatever was said before."""
-    return b"".join(b"\0" + _text(name) + _text(value) for name, value in pairs)
-
-
-def _text(text: bytes) -> bytes:
-    size = len(text)
-    if size < 127:
-        return bytes((size,)) + text
-    prefix, size = bytearray((127,)), size - 127
-    while size >= 128:
-        prefix.append(size & 127 | 128)
-        size >>= 7
-    prefix.append(size)
-    return bytes(prefix) + text

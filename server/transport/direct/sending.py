@@ -7,8 +7,8 @@ from typing import Final
 from layercast.server.transport.direct import frames
 from layercast.server.transport.direct.calm import SENT, Calm
 from layercast.server.transport.direct.frames import Code, ConnectionFault
-from layercast.server.transport.direct.heads import NO_TABLE, header_block
-from layercast.server.transport.direct.stream import START, Stream
+from layercast.server.transport.direct.heads import NO_TABLE, START, header_block
+from layercast.server.transport.direct.stream import Stream
 
 _OK: Final = header_block(((b"grpc-status", b"0"),))
 # The first bytes of the frames of an ordinary answer, up to the number of the stream.

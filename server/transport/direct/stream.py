@@ -8,9 +8,9 @@ import grpc
 from layercast.server.batching.policy import late_from
 from layercast.server.errors import InvalidArgument
 from layercast.server.transport.calls import Begun
-from layercast.server.transport.direct.heads import Head, header_block
+from layercast.server.transport.direct.heads import START, Head, header_block
 from layercast.server.transport.framing import announced, only_message, status_headers
-from layercast.server.transport.rpc_call import AHEAD, HEADERS, Cause, RpcCall
+from layercast.server.transport.rpc_call import AHEAD, Cause, RpcCall
 from layercast.server.transport.status import Reply
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ _GRACE: Final = 0.02
 """Seconds after the deadline in which the service, which knows better how far the call got, may end it itself."""
 _MOST_PIECES: Final = 1 << 14
 """Of more, each so small, the pieces would be the larger part of what is kept."""
-STATUS_200: Final = b"\x88"
-START: Final = STATUS_200 + header_block(HEADERS)
-"""The header block that begins every answer."""
 
 
 class Stream(RpcCall):
