@@ -34,7 +34,8 @@ class Loaded:
 
     `runners` are its instances, which share nothing; each computes with `threads` threads. `warmup_ms` is one warm
     forward of one row, `note` what an operator should know of a version that answers, `engines` which engine runs which
-    batch of plain predictions, `inline_rows` how many rows run sooner than they could be handed to a thread. `cards` is
+    batch of plain predictions, `inline_rows` how many rows run sooner than they could be handed to a thread: of any
+    requests, and of requests of one row. `cards` is
     the CUDA device of each instance, if they run on any.
     """
 
@@ -46,7 +47,7 @@ class Loaded:
     warmup_ms: float
     note: str = ""
     engines: str = ""
-    inline_rows: int = 0
+    inline_rows: tuple[int, int] = (0, 0)
     cards: tuple[int, ...] = ()
 
     @property
@@ -64,6 +65,8 @@ class Loaded:
     def limits(self) -> Limits:
         """What the settings mean to the batcher."""
         settings = self.settings
+        # Several instances are there to run at the same time.
+        whole, single = self.inline_rows if len(self.runners) == 1 else (0, 0)
         return Limits(
             max_batch=settings.max_batch,
             # Rows that never share a forward have nobody to wait for.
@@ -73,8 +76,8 @@ class Loaded:
             preferred=settings.preferred_batch,
             queue_timeout=settings.queue_timeout_ms / 1000 or None,
             priorities=settings.priorities,
-            # Several instances are there to run at the same time.
-            inline_rows=self.inline_rows if len(self.runners) == 1 else 0,
+            inline_rows=whole,
+            inline_single_rows=single,
         )
 
 

@@ -49,6 +49,15 @@ async def test_small_batches_run_on_the_loop_and_larger_ones_in_the_thread():
         assert recorder.batches == [(1, "idle"), (2, "idle"), (3, "idle")]
 
 
+async def test_more_rows_run_on_the_loop_when_they_are_requests_of_one_row():
+    engine = Where()
+    async with batching(engine, inline_rows=2, inline_single_rows=4) as (batcher, _):
+        await asyncio.gather(*(asking(batcher, value) for value in range(4)))
+        assert await ask(batcher, 1, 2, 3, 4) == [-1, -2, -3, -4]
+        await asyncio.gather(*(asking(batcher, value) for value in range(5)))
+        assert engine.ran == [(True, 4), (False, 1), (False, 5)]
+
+
 async def test_without_inline_rows_nothing_runs_on_the_loop():
     engine = Where()
     async with batching(engine) as (batcher, _):
@@ -96,7 +105,7 @@ async def test_a_batch_on_the_loop_that_fails_is_run_again_one_by_one_in_the_thr
 
 async def test_a_model_that_is_slower_than_at_its_load_leaves_the_loop_for_a_while(monkeypatch):
     monkeypatch.setattr(forwards, "_WARY_NS", 50_000_000)
-    engine = Where(seconds=0.002)
+    engine = Where(seconds=0.004)
     async with batching(engine, inline_rows=8) as (batcher, _):
         for value in range(4):
             await ask(batcher, value)
@@ -131,11 +140,11 @@ async def inline_of(clock: list[int], milliseconds: Sequence[int], fails: bool =
 
 
 async def test_a_model_that_is_slow_now_and_then_leaves_the_loop_as_well(clock):
-    assert await inline_of(clock, [2, 0, 2, 0, 0, 2, 0]) == [True] * 6 + [False]
+    assert await inline_of(clock, [4, 0, 4, 0, 0, 4, 0]) == [True] * 6 + [False]
 
 
 async def test_slow_forwards_that_are_far_apart_are_the_machines(clock):
-    assert all(await inline_of(clock, [2, *[0] * 15, 2, *[0] * 15, 2, 0]))
+    assert all(await inline_of(clock, [4, *[0] * 15, 4, *[0] * 15, 4, 0]))
 
 
 async def test_one_forward_that_keeps_the_loop_for_long_is_enough(clock):

@@ -68,5 +68,5 @@ def test_a_program_whose_time_depends_on_values_runs_in_the_thread(repository, t
     onnx.save(model, path)
     entry = file_entry(path).model_dump()
     tiny.edit_manifest(path.parent, lambda manifest: manifest["files"].update({path.name: entry}))
-    assert load(repository / "shared" / "1", ModelSettings(engine="onnx"), 1).inline_rows > 0
-    assert load(path.parent, ModelSettings(engine="onnx"), 1).inline_rows == 0
+    assert load(repository / "shared" / "1", ModelSettings(engine="onnx"), 1).inline_rows[0] > 0
+    assert load(path.parent, ModelSettings(engine="onnx"), 1).inline_rows == (0, 0)

@@ -47,7 +47,7 @@ class Batcher:
         self._endings = Endings(observer)
         self._admission = Admission(name, limits, self._queue, self._endings, self._end)
         self._pace = Pace()
-        self._forwards = Forwards(name, runs, prepare, limits.inline_rows, self._answer, self._fail, self._look)
+        self._forwards = Forwards(name, runs, prepare, limits, self._answer, self._fail, self._look)
         self._loop = asyncio.get_running_loop()
         self._next_look: asyncio.Handle | None = None
         self._delay_over: asyncio.TimerHandle | None = None
@@ -257,7 +257,7 @@ class Batcher:
             and not (self._hurried or self._limits.max_delay)
             and held.rows < self._limits.max_batch
             and self._patience.here
-            and self._forwards.inline(held.rows)
+            and self._forwards.inline(held.rows, held.works)
             and self._patience.lasts(oldest.arrived)
         )
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from layercast.server.batching.gather import Batch
 from layercast.server.batching.instance import Instance, Ran, Run
-from layercast.server.batching.policy import Reason
+from layercast.server.batching.policy import Limits, Reason
 from layercast.server.errors import ModelFailed, OutOfMemory
 from layercast.server.work import Work
 
@@ -40,7 +40,7 @@ class Forwards:
     """The instances of one model, and the works that run on them.
 
     `answer` is given what each forward gave, `fail` the works that get no answer with the reason, and `freed` is
-    called when an instance can take the next batch from a thread. Batches of up to `inline_rows` rows run on the loop.
+    called when an instance can take the next batch from a thread. `limits` say which batches run on the loop.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class Forwards:
         name: str,
         runs: Sequence[Run],
         prepare: Callable[[], None] | None,
-        inline_rows: int,
+        limits: Limits,
         answer: Answer,
         fail: Fail,
         freed: Callable[[], None],
     ) -> None:
         self.running: set[Work] = set()
         self._name = name
-        self._inline_rows = inline_rows
+        self._limits = limits
         self._answer = answer
         self._fail = fail
         self._freed = freed
@@ -76,9 +76,13 @@ class Forwards:
         """Whether an instance waits for a batch."""
         return bool(self._free)
 
-    def inline(self, rows: int) -> bool:
-        """Tell whether a plain forward of so many rows, without taps and edits, would run on the event loop now."""
-        return rows <= self._inline_rows and (not self._wary_until or time.perf_counter_ns() >= self._wary_until)
+    def inline(self, rows: int, works: int) -> bool:
+        """Tell whether a plain forward of so many rows of so many requests would run on the event loop now."""
+        limits = self._limits
+        most = limits.inline_single_rows if rows == works else limits.inline_rows
+        return rows <= max(most, limits.inline_rows) and (
+            not self._wary_until or time.perf_counter_ns() >= self._wary_until
+        )
 
     def start(self, batch: Batch, here: bool) -> bool:
         """Run `batch` on a free instance; tell whether it has ended, which is so when it ran on the event loop.
@@ -87,7 +91,7 @@ class Forwards:
         """
         instance, works = self._free.pop(), batch.works
         self.running.update(works)
-        if not here or not self.inline(batch.rows) or any(work.taps or work.edits for work in works):
+        if not here or not self.inline(batch.rows, len(works)) or any(work.taps or work.edits for work in works):
             instance.start(works, partial(self._ran, instance, batch))
             return False
         began = time.perf_counter_ns()

@@ -22,7 +22,8 @@ class Limits:
     `queue_rows` and `queue_bytes` bound what waits. `preferred` are batch sizes that leave as soon as they are
     reached. `queue_timeout` is the seconds that a request may wait, None for any time; `priorities` the number of
     levels, of which the last is the default. Batches of up to `inline_rows` rows are over sooner than they could be
-    handed to a thread. `together` says that the front end hands over in one pass of the event loop whatever came while
+    handed to a thread, and so are those of up to `inline_single_rows` requests of one row, against all that they cost
+    besides. `together` says that the front end hands over in one pass of the event loop whatever came while
     the loop was busy.
     """
 
@@ -34,6 +35,7 @@ class Limits:
     queue_timeout: float | None = None
     priorities: int = 1
     inline_rows: int = 0
+    inline_single_rows: int = 0
     together: bool = False
 
     @property
