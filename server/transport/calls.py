@@ -84,8 +84,7 @@ class ShortCall:
 
     def answered(self, content: bytes) -> None:
         """Tell the answer."""
-        self._counted.sent.inc()
-        self._counted.ended(grpc.StatusCode.OK, self._start)
+        self._counted.answered(self._start)
         self._tell(content, None)
 
     def failed(self, error: Exception) -> None:
