@@ -109,6 +109,7 @@ class Subject:
 
     def __init__(self, short: bool, function: Callable[[Arrays], dict[str, np.ndarray]] = sums, **model: Any) -> None:
         self.short = short
+        self.function: Any = function
         self.metrics = Metrics()
         self.model = served(function, self.metrics, **model)
         self.batcher = self.model.batcher

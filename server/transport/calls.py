@@ -131,6 +131,7 @@ class UnaryRpc:
             late = late_from(due, loop.time())
             future: asyncio.Future[bytes | Reply] = loop.create_future()
             if begun := self.begin(raw, due, context.peer(), partial(_settle, future)):
+                del raw  # what the rows need of it was taken
                 return await self._short_end(begun, future, late, context)
         body = self._body(raw, context)
         del raw  # which an error would keep
