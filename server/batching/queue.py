@@ -151,6 +151,10 @@ class Queue:
                 continue
             if priority == lead.priority:
                 lines.move_to_end(lead.peer, last=False)
+            if len(lines) == 1:
+                (only,) = lines.values()
+                rows = _append(works, rows, only, limit)
+                continue
             fresh, again = iter(lines.values()), deque[Iterator[Work]]()
             while rows < limit:
                 line = next(fresh, None)
@@ -166,6 +170,9 @@ class Queue:
 
     def take(self, works: list[Work]) -> None:
         """Take `works` out to be run: their peers go to the end of the turns."""
+        if len(works) == len(self._order):
+            self._clear()
+            return
         for work in works:
             self.discard(work)
             level = self._levels[work.priority]
@@ -174,7 +181,26 @@ class Queue:
                 if work.peer in level.groups.get(work.key, ()):
                     level.groups[work.key].move_to_end(work.peer)
 
+    def _clear(self) -> None:
+        """Take everything out, at once: most batches take all that waits."""
+        for level in self._levels.values():
+            level.peers.clear()
+            level.groups.clear()
+        for kept in (self._order, self._group_rows, self._ripe_keys, self.peers):
+            kept.clear()
+        self.held.works = self.held.rows = self.held.bytes = 0
+
     def _new_level(self, priority: int) -> _Level:
         level = self._levels[priority] = _Level()
         self._levels = dict(sorted(self._levels.items()))
         return level
+
+
+def _append(works: list[Work], rows: int, line: _Line, limit: int) -> int:
+    """Append the works of a line that has no other beside it; return the rows of all `works` then."""
+    for work in line:
+        if works and rows + work.rows > limit:
+            break
+        works.append(work)
+        rows += work.rows
+    return rows
