@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from direct import peers_of, serving_directly
+from h2_peer import Peer
 from serving import Running, running
 from torch import nn
 
@@ -130,6 +132,20 @@ def slow_reader(served: Running) -> Iterator[Any]:
     with grpc.insecure_channel(served.url, options) as channel:
         stub = channel.unary_stream(method.path, method.request.SerializeToString, method.response.FromString)
         yield lambda message, timeout=30.0: stub(message, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def direct() -> Iterator[Running]:
+    """A server of numpy models whose front end is `direct`, shared by tests that leave it as they found it."""
+    with serving_directly() as server:
+        yield server
+
+
+@pytest.fixture
+def connect(direct: Running) -> Iterator[Callable[..., Peer]]:
+    """What opens raw connections to that server; it must serve others as ever when the test has ended."""
+    with peers_of(direct) as connect:
+        yield connect
 
 
 @pytest.fixture(scope="session")

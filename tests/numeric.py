@@ -27,12 +27,22 @@ from layercast.server.service.inference import InferenceService
 from layercast.server.service.metadata import MetadataService
 from layercast.server.service.streaming import StreamService
 from layercast.server.settings import ModelSettings
+from layercast.server.transport.direct.front_end import DirectFrontEnd
 from layercast.server.transport.envoy.front_end import EnvoyFrontEnd
+from layercast.server.transport.front_end import FrontEnd
 from layercast.server.transport.grpcio import GrpcFrontEnd
 from layercast.server.transport.security import Security
 
 Arrays = Mapping[str, np.ndarray]
+NOBODY_GUARDS = Security(None, None)
 _ENTRY = FileEntry(sha256="0" * 64, bytes=0)
+
+
+FRONT_ENDS: dict[object, Callable[..., FrontEnd]] = {
+    "direct": DirectFrontEnd,
+    "envoy": lambda *given: EnvoyFrontEnd(*given, Starlette()),
+    "grpcio": GrpcFrontEnd,
+}
 
 
 @dataclass
@@ -84,7 +94,11 @@ class Server:
     http_port = metrics_port = 0
 
     async def start(
-        self, models: Mapping[str, Model | list[Model]], max_bytes: int, settings: Mapping[str, object]
+        self,
+        models: Mapping[str, Model | list[Model]],
+        max_bytes: int,
+        settings: Mapping[str, object],
+        security: Security,
     ) -> None:
         self.metrics = Metrics()
         each = [(name, m) for name, given in models.items() for m in (given if isinstance(given, list) else [given])]
@@ -101,9 +115,8 @@ class Server:
         )
         features = (FeatureService(self.repository, answering),)
         services = {INFERENCE_SERVICE: objects, FEATURES_SERVICE: features}
-        given = (services, self.metrics, max_bytes, True, Security(None, None))
-        envoy = settings["front_end"] == "envoy"
-        self.front_end = EnvoyFrontEnd(*given, Starlette()) if envoy else GrpcFrontEnd(*given)
+        given = (services, self.metrics, max_bytes, True, security)
+        self.front_end = FRONT_ENDS[settings["front_end"]](*given)
         self.grpc_port = self.front_end.bind("127.0.0.1", settings["grpc_port"])
         self.front_end.set_health(["", INFERENCE_SERVICE], serving=True)
         await self.front_end.start()
@@ -129,11 +142,16 @@ class Server:
 
 
 @contextmanager
-def numeric(models: Mapping[str, Model | list[Model]], max_bytes: int = 64 << 20) -> Iterator[Running]:
-    """Serve `models` on a free port."""
-    with hosting.event_loop() as loop, hosting.front_end() as settings:
+def numeric(
+    models: Mapping[str, Model | list[Model]],
+    max_bytes: int = 64 << 20,
+    front_end: str | None = None,
+    security: Security = NOBODY_GUARDS,
+) -> Iterator[Running]:
+    """Serve `models` on a free port, by the front end with that name or the one under test."""
+    with hosting.event_loop(front_end) as loop, hosting.front_end(front_end) as settings:
         server = Server()
-        asyncio.run_coroutine_threadsafe(server.start(models, max_bytes, settings), loop).result(30)
+        asyncio.run_coroutine_threadsafe(server.start(models, max_bytes, settings, security), loop).result(30)
         running = Running(server, loop)
         try:
             yield running

@@ -28,7 +28,7 @@ class Running:
         self.url = f"127.0.0.1:{server.grpc_port}"
         self.http = f"http://127.0.0.1:{server.http_port}"
         self.metrics = f"http://127.0.0.1:{server.metrics_port}/metrics"
-        self._loop = loop
+        self.loop = loop
         limit = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         self.channel = grpc.insecure_channel(self.url, options=limit)
 
@@ -58,7 +58,7 @@ class Running:
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the server's event loop and return what it returns."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
 
 
 @contextmanager
@@ -82,7 +82,8 @@ def running(repository: Path, **settings: Any) -> Iterator[Running]:
             raise
         return server
 
-    with hosting.event_loop() as loop, hosting.front_end() as ports:
+    name = settings.get("front_end")
+    with hosting.event_loop(name) as loop, hosting.front_end(name) as ports:
 
         def on_loop(coroutine: Coroutine[Any, Any, T]) -> T:
             return asyncio.run_coroutine_threadsafe(coroutine, loop).result(120)

@@ -131,7 +131,7 @@ def test_a_stream_that_nobody_reads_does_not_keep_the_model_or_the_server(root, 
                     taken.append(answer)
                     await asyncio.Event().wait()
 
-        reading = asyncio.run_coroutine_threadsafe(idle(), server._loop)
+        reading = asyncio.run_coroutine_threadsafe(idle(), server.loop)
         wait_until(server, lambda: taken)
         if leaves == "reload":
             tiny.write(tmp_path, 1, seed=2)
@@ -188,7 +188,7 @@ def test_a_shutdown_answers_the_streams_that_it_admitted_and_no_new_ones(root):
     with held(root) as (server, model):
         admitted = stream(server)
         wait_until(server, lambda: model.batcher.queued_rows == 16)
-        draining = asyncio.run_coroutine_threadsafe(server.server.repository.drain(), server._loop)
+        draining = asyncio.run_coroutine_threadsafe(server.server.repository.drain(), server.loop)
         wait_until(server, lambda: model.batcher.draining)
         with pytest.raises(grpc.RpcError, match="shutting down") as raised:
             list(stream(server))

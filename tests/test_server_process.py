@@ -57,12 +57,10 @@ RUN = "import sys; from layercast.client.main import main; sys.exit(main(sys.arg
 def serving(repository: Path | None, *options: str, patch: str = "") -> Iterator[Process]:
     """Run the server; `patch` is Python that is run before, to make a model or a load slow."""
     program = ["-c", patch + RUN] if patch and not hosting.envoy else ["-m", "layercast.server"]
-    command = [sys.executable, *program, "serve", *options]
+    command = [sys.executable, *program, "serve", "--front-end", hosting.front_end_name(), *options]
     if repository:
         command += ["--repository", str(repository)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LAYERCAST_")}
-    if hosting.envoy:
-        command += ["--front-end", "envoy"]
     if patch and hosting.envoy:
         environment["PYTHONPATH"] = os.pathsep.join([in_every_python(patch), environment.get("PYTHONPATH", "")])
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)

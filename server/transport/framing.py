@@ -86,15 +86,19 @@ class Frames:
             return bool(flag), bytes(view[start : self._at])
 
 
-def may_begin(piece: bytes, limit: int) -> bool:
-    """Tell whether a body that begins with `piece` may be one message of at most `limit` bytes, uncompressed."""
-    return len(piece) >= _HEAD and not piece[0] and int.from_bytes(piece[1:_HEAD], "big") <= limit
+def announced(piece: bytes, limit: int) -> int:
+    """Return how long a body is that begins with `piece` and is one message of at most `limit` bytes, uncompressed.
+
+    -1 when it can't be one, or too little of it is there to tell.
+    """
+    size = int.from_bytes(piece[1:_HEAD], "big")
+    return size + _HEAD if len(piece) >= _HEAD and not piece[0] and size <= limit else -1
 
 
 def only_message(pieces: list[bytes], limit: int) -> bytes | None:
     """Return the one message, uncompressed, that a body of these pieces is; None if it is anything else."""
     first = pieces[0]
-    if not may_begin(first, limit) or int.from_bytes(first[1:_HEAD], "big") + _HEAD != sum(map(len, pieces)):
+    if announced(first, limit) != sum(map(len, pieces)):
         return None
     return b"".join((first[_HEAD:], *pieces[1:])) if len(pieces) > 1 else first[_HEAD:]
 

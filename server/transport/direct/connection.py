@@ -8,7 +8,7 @@ from layercast.server.transport.calls import Begin
 from layercast.server.transport.direct import frames
 from layercast.server.transport.direct.calm import ANSWERED, SENT, Calm
 from layercast.server.transport.direct.frames import Code, ConnectionFault, frame, number_bytes
-from layercast.server.transport.direct.heads import MAX_LIST, Head, header_block
+from layercast.server.transport.direct.heads import MAX_LIST, Head
 from layercast.server.transport.direct.reading import NotHttp2, Reader
 from layercast.server.transport.direct.sending import Sending
 from layercast.server.transport.direct.stream import WINDOW, Stream
@@ -138,9 +138,17 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def allow(self, number: int, many: int) -> None:
-        """Let the peer send so many bytes more, of this stream and altogether."""
+        """Let the peer send so many bytes more of this stream."""
         self._transport.write(frame(frames.WINDOW_UPDATE, 0, number, number_bytes(many)))
-        self._took(many)
+
+    def took(self, many: int) -> None:
+        """So many bytes no longer wait here; let the peer send as many again, when they are worth a frame."""
+        self._owed += many
+        if self._owed >= _CREDIT and not self.deaf:
+            self._transport.write(frame(frames.WINDOW_UPDATE, 0, 0, number_bytes(self._owed)))
+            self._receivable += self._owed
+            self._owed = 0
+            self._calm.earn(SENT)
 
     def ran(self, stream: Stream) -> None:
         """The handler of a call has ended."""
@@ -155,20 +163,20 @@ class Connection(asyncio.Protocol):
         stream = self._streams.get(number)
         if stream is None:
             self._check_past(number)
-            self._took(size)
+            self.took(size)
         elif stream.has_ended_body or stream.receivable < size:
-            self._took(size)
+            self.took(size)
             self._reset(stream, Code.STREAM_CLOSED if stream.has_ended_body else Code.FLOW_CONTROL_ERROR)
         else:
             stream.receivable -= size
             stream.take(payload, size, ended)
             if ended:
-                self._took(stream.owes())
+                self.took(stream.owes())
 
     def on_headers(self, number: int, head: Head, ended: bool) -> None:
         """Begin a call, or end the body of one."""
         if stream := self._streams.get(number):
-            if stream.has_ended_body or not ended:
+            if stream.has_ended_body or not ended or not head.is_trailers:
                 self._reset(stream, Code.STREAM_CLOSED if stream.has_ended_body else Code.PROTOCOL_ERROR)
             else:
                 stream.end_body()
@@ -190,7 +198,8 @@ class Connection(asyncio.Protocol):
 
     def on_settings(self, values: list[tuple[int, int]]) -> None:
         """Go by them, and say so."""
-        for setting, value in values:
+        # Of those that one frame sets again and again, the last counts; each could move the windows of all streams.
+        for setting, value in dict(values).items():
             self._sending.set(setting, value)
         self._transport.write(frame(frames.SETTINGS, frames.ACK, 0))
 
@@ -211,8 +220,7 @@ class Connection(asyncio.Protocol):
             if not more or stream.sendable + more > frames.MAX_WINDOW:
                 self._reset(stream, Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR)
             else:
-                stream.sendable += more
-                self._sending.flush()
+                self._sending.widen_stream(stream, more)
         else:
             self._check_past(number)
 
@@ -223,16 +231,17 @@ class Connection(asyncio.Protocol):
         elif head.malformed:
             self._calm.spend()
             self._send_reset(number, Code.PROTOCOL_ERROR)
-        elif head.refused:
+        elif head.refusal:
             self._calm.spend()
-            block = header_block(((b":status", str(head.refused).encode()),))
-            self._transport.write(frames.header_frames(number, block, end=True))
+            self._transport.write(self._sending.headers(number, head.refusal, end=True))
             if not ended:
                 self._send_reset(number, Code.NO_ERROR)
         else:
             stream = Stream(self, number, head, self._owner.limit, self._sending.first_window)
             self._streams[number] = stream
-            if head.path not in self.short:
+            if head.path in self.short:
+                stream.wait()
+            else:
                 stream.run()
             if ended:
                 stream.end_body()
@@ -267,22 +276,13 @@ class Connection(asyncio.Protocol):
             return
         self._sending.drop(stream)
         stream.close()
-        self._took(stream.owes())
+        self.took(stream.owes())
         if stream.cause is not Cause.GONE:
             self._calm.earn(ANSWERED)
             if not stream.has_ended_body:
                 # Answered before it was all said: the caller need not go on.
                 self._send_reset(stream.number, Code.NO_ERROR)
         self._close_if_done()
-
-    def _took(self, many: int) -> None:
-        """So many bytes no longer wait here; let the peer send as many again, when they are worth a frame."""
-        self._owed += many
-        if self._owed >= _CREDIT and not self.deaf:
-            self._transport.write(frame(frames.WINDOW_UPDATE, 0, 0, number_bytes(self._owed)))
-            self._receivable += self._owed
-            self._owed = 0
-            self._calm.earn(SENT)
 
     def _close_if_done(self) -> None:
         if self._leaving and not self._streams and not self.deaf:

@@ -18,12 +18,14 @@ END_HEADERS: Final = 0x4
 PADDED: Final = 0x8
 WITH_PRIORITY: Final = 0x20
 
+HEADER_TABLE_SIZE: Final = 1
 ENABLE_PUSH: Final = 2
 MAX_CONCURRENT_STREAMS: Final = 3
 INITIAL_WINDOW_SIZE: Final = 4
 MAX_FRAME_SIZE: Final = 5
 MAX_HEADER_LIST_SIZE: Final = 6
 DEFAULT_WINDOW: Final = 65_535
+DEFAULT_TABLE: Final = 4096
 
 unpack_head: Final = struct.Struct(">HBBBI").unpack_from
 """Two parts of the length, 16 bits and 8; type, flags, stream."""

@@ -10,6 +10,8 @@ from layercast.server.transport.direct.heads import MAX_LIST, Head, Heads
 
 _MOST_HEADERS: Final = 2 * MAX_LIST
 """Bytes of one header block, encoded."""
+_KIND: Final = 3
+"""Where a frame's type is, which its flags follow."""
 _SIZES: Final = {frames.PRIORITY: 5, frames.RST_STREAM: 4, frames.PING: 8, frames.WINDOW_UPDATE: 4}
 
 
@@ -75,7 +77,11 @@ class Reader:
             if b"HTTP/1" in data[:4096]:
                 raise NotHttp2
             raise ConnectionFault(Code.PROTOCOL_ERROR, "this is not HTTP/2")
-        self.greeted = len(first) == len(frames.PREFACE)
+        # With the first frame's type and flags: settings are a part of the greeting.
+        then = data[len(frames.PREFACE) + _KIND : len(frames.PREFACE) + _KIND + 2]
+        self.greeted = len(then) == 2
+        if self.greeted and (then[0] != frames.SETTINGS or then[1] & frames.ACK):
+            raise ConnectionFault(Code.PROTOCOL_ERROR, "the first frame is not SETTINGS")
         return len(first)
 
     def _frames(self, data: bytes, at: int) -> int:

@@ -7,8 +7,8 @@ from typing import Final
 from layercast.server.transport.direct import frames
 from layercast.server.transport.direct.calm import SENT, Calm
 from layercast.server.transport.direct.frames import Code, ConnectionFault
-from layercast.server.transport.direct.heads import header_block
-from layercast.server.transport.direct.stream import START, Stream
+from layercast.server.transport.direct.heads import NO_TABLE, START, header_block
+from layercast.server.transport.direct.stream import Stream
 
 _OK: Final = header_block(((b"grpc-status", b"0"),))
 # The first bytes of the frames of an ordinary answer, up to the number of the stream.
@@ -30,7 +30,12 @@ class Sending:
         self._calm = calm
         self._forget = forget
         self._window = self.first_window = frames.DEFAULT_WINDOW
+        # Streams that have something to send: those that may, those that wait for the window of the connection, and
+        # those that wait for their own. Apart, so that a window which opens a little costs no look at all of them.
         self._waiting: dict[Stream, None] = {}
+        self._crowded: dict[Stream, None] = {}
+        self._stuck: set[Stream] = set()
+        self._resize = b""
         self._answers: list[bytes] = []
         self._soon: asyncio.Handle | None = None
         self.paused = False
@@ -42,6 +47,9 @@ class Sending:
         # Larger frames than the smallest that every peer takes are not sent: others' answers come in between.
         if setting == frames.MAX_FRAME_SIZE and not frames.MAX_PAYLOAD <= value < 1 << 24:
             raise ConnectionFault(Code.PROTOCOL_ERROR, f"MAX_FRAME_SIZE is {value}")
+        if setting == frames.HEADER_TABLE_SIZE and value < frames.DEFAULT_TABLE:
+            # A peer that keeps a smaller table waits to be told that ours is (RFC 7541, section 4.2). We need none.
+            self._resize = NO_TABLE
         if setting == frames.INITIAL_WINDOW_SIZE:
             if value > frames.MAX_WINDOW:
                 raise ConnectionFault(Code.FLOW_CONTROL_ERROR, f"INITIAL_WINDOW_SIZE is {value}")
@@ -50,6 +58,8 @@ class Sending:
                 stream.sendable += more
                 if stream.sendable > frames.MAX_WINDOW:
                     raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE makes a window too large")
+            for stream in [stream for stream in self._stuck if stream.sendable > 0]:
+                self._free(stream)
             self.flush()
 
     def widen(self, more: int) -> None:
@@ -61,11 +71,25 @@ class Sending:
             raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "WINDOW_UPDATE makes the window too large")
         self.flush()
 
+    def widen_stream(self, stream: Stream, more: int) -> None:
+        """The peer takes so many bytes more of this stream."""
+        stream.sendable += more
+        if stream in self._stuck and stream.sendable > 0:
+            self._free(stream)
+            self.flush()
+
+    def headers(self, number: int, block: bytes, end: bool) -> bytes:
+        """Return a header block as it goes to this peer."""
+        resize, self._resize = self._resize, b""
+        return frames.header_frames(number, resize + block, end)
+
     def answer(self, stream: Stream, raw: bytes) -> bool:
         """Send the whole answer to a call, its only message, if that can be done at once; tell whether it was."""
         size = len(raw)
         framed = size + 5
-        if framed > min(frames.MAX_PAYLOAD, self._window, stream.sendable) or self.paused or self._waiting:
+        if framed > min(frames.MAX_PAYLOAD, self._window, stream.sendable):
+            return False
+        if self.paused or self._waiting or self._resize:
             return False
         self._window -= framed
         number = stream.number.to_bytes(4, "big")
@@ -91,47 +115,63 @@ class Sending:
 
     def send(self, stream: Stream) -> None:
         """Send what waits in the stream, and its end if it has one."""
-        self._waiting[stream] = None
+        self._enter(stream)
         self.flush()
 
     def send_soon(self, stream: Stream) -> None:
         """The same a moment later, together with what else is ready by then."""
-        self._waiting[stream] = None
+        self._enter(stream)
         self._flush_soon()
 
     def drop(self, stream: Stream) -> None:
         """Send nothing more of a stream."""
         self._waiting.pop(stream, None)
+        self._crowded.pop(stream, None)
+        self._stuck.discard(stream)
 
     def flush(self) -> None:
         """Send what the peer allows, a frame of each stream in turn."""
-        stuck: list[Stream] = []
-        while self._waiting and not self.paused:
+        while not self.paused and (stream := self._next()):
             pieces: list[bytes] = []
             sent: list[Stream] = []
             size = 0
-            while self._waiting and size < _AT_ONCE:
-                stream = next(iter(self._waiting))
-                del self._waiting[stream]
-                size += self._take(stream, pieces, sent, stuck)
+            while stream:
+                size += self._take(stream, pieces, sent)
+                stream = self._next() if size < _AT_ONCE else None
             self._transport.write(b"".join(pieces))
             for stream in sent:
                 self._forget(stream)
-        for stream in stuck:
-            # Unless it was given up meanwhile.
-            if stream.number in self._streams:
-                self._waiting[stream] = None
 
-    def _take(self, stream: Stream, pieces: list[bytes], sent: list[Stream], stuck: list[Stream]) -> int:
+    def _enter(self, stream: Stream) -> None:
+        if stream not in self._stuck and stream not in self._crowded:
+            self._waiting[stream] = None
+
+    def _free(self, stream: Stream) -> None:
+        self._stuck.discard(stream)
+        self._waiting[stream] = None
+
+    def _next(self) -> Stream | None:
+        """Take out the stream whose turn it is."""
+        streams = self._waiting or (self._crowded if self._window > 0 else None)
+        if not streams:
+            return None
+        stream = next(iter(streams))
+        del streams[stream]
+        return stream
+
+    def _take(self, stream: Stream, pieces: list[bytes], sent: list[Stream]) -> int:
         """Put what may be sent of the stream now, one frame of data at most, into `pieces`; return its bytes."""
         if not stream.started:
             stream.started = True
-            pieces.append(frames.header_frames(stream.number, START, end=False))
+            pieces.append(self.headers(stream.number, START, end=False))
         size = 0
         if stream.outgoing:
             size = min(len(stream.outgoing), frames.MAX_PAYLOAD, self._window, stream.sendable)
+            if stream.sendable <= 0:
+                self._stuck.add(stream)
+                return 0
             if size <= 0:
-                stuck.append(stream)
+                self._crowded[stream] = None
                 return 0
             pieces.append(frames.frame(frames.DATA, 0, stream.number, bytes(stream.outgoing[:size])))
             del stream.outgoing[:size]
@@ -142,7 +182,7 @@ class Sending:
         if stream.outgoing:
             self._waiting[stream] = None
         elif stream.ending is not None:
-            pieces.append(frames.header_frames(stream.number, stream.ending, end=True))
+            pieces.append(self.headers(stream.number, stream.ending, end=True))
             sent.append(stream)
         return size
 

@@ -8,9 +8,9 @@ import grpc
 from layercast.server.batching.policy import late_from
 from layercast.server.errors import InvalidArgument
 from layercast.server.transport.calls import Begun
-from layercast.server.transport.direct.heads import Head, header_block
-from layercast.server.transport.framing import may_begin, only_message, status_headers
-from layercast.server.transport.rpc_call import AHEAD, HEADERS, Cause, RpcCall
+from layercast.server.transport.direct.heads import START, Head, header_block
+from layercast.server.transport.framing import announced, only_message, status_headers
+from layercast.server.transport.rpc_call import AHEAD, Cause, RpcCall
 from layercast.server.transport.status import Reply
 
 if TYPE_CHECKING:
@@ -21,16 +21,16 @@ WINDOW: Final = 1 << 20
 _CREDIT: Final = WINDOW // 4
 _GRACE: Final = 0.02
 """Seconds after the deadline in which the service, which knows better how far the call got, may end it itself."""
-STATUS_200: Final = b"\x88"
-START: Final = STATUS_200 + header_block(HEADERS)
-"""The header block that begins every answer."""
+_MOST_PIECES: Final = 1 << 14
+"""Of more, each so small, the pieces would be the larger part of what is kept."""
 
 
 class Stream(RpcCall):
     """A call, and the flow control of its two directions."""
 
     __slots__ = (
-        "_begun", "_connection", "_owed", "_path", "_pieces", "_room", "_since", "_timer", "_was_answered",
+        "_begun", "_connection", "_missing", "_owed", "_path", "_pieces", "_room", "_since", "_timer", "_untaken",
+        "_was_answered",
         "ending", "number", "outgoing", "receivable", "sendable", "started",
     )  # fmt: skip
 
@@ -41,12 +41,14 @@ class Stream(RpcCall):
         self._path = head.path
         # Of a call that has a short path, until it is clear whether it goes there.
         self._pieces: list[bytes] | None = [] if head.path in connection.short else None
+        self._missing = 0
         self._begun: Begun | None = None
         self._was_answered = False
         self._timer: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
         self._since = self._loop.time()
-        self._owed = 0
+        # Bytes that came and were not yet allowed again, of this stream and of the connection.
+        self._owed = self._untaken = 0
         self.number = number
         self.receivable = WINDOW
         self.sendable = sendable
@@ -64,6 +66,13 @@ class Stream(RpcCall):
         if self.deadline is not None and self._timer is None:
             self._timer = self._loop.call_at(self.deadline + _GRACE, self.end, Cause.LATE)
 
+    def wait(self) -> None:
+        """Let the message come, until the deadline at most."""
+        try:
+            self.start_clock(self._since)
+        except InvalidArgument:  # the deadline can't be read, as the handler will say
+            self.run()
+
     def run(self) -> None:
         """Let the handler answer."""
         if self._pieces is not None:
@@ -74,14 +83,18 @@ class Stream(RpcCall):
     def take(self, piece: bytes, size: int, ended: bool) -> None:
         """Take a piece of the body that had `size` bytes with its padding."""
         self._owed += size
+        self._untaken += size
         if self._pieces is None:
             self._fed(piece, ended)
             return
         self._body_ended = ended
+        if not self._pieces:
+            self._missing = announced(piece, self._limit)
         self._pieces.append(piece)
+        self._missing -= len(piece)
         if ended:
             self._begin(self._pieces)
-        elif len(self._pieces) == 1 and not may_begin(piece, self._limit):
+        elif self._missing < 0 or len(self._pieces) > _MOST_PIECES:
             self.run()
         else:
             self._ask()
@@ -97,8 +110,8 @@ class Stream(RpcCall):
 
     def owes(self) -> int:
         """Return how many bytes came and were not yet allowed again on the connection; they are, from now on."""
-        owed, self._owed = self._owed, 0
-        return owed
+        untaken, self._untaken = self._untaken, 0
+        return untaken
 
     async def write(self, message: Any) -> None:
         """Send a message, and wait while the caller is far behind."""
@@ -120,7 +133,7 @@ class Stream(RpcCall):
         if self._task:
             self.cancel(cause)
             return
-        self.cause = cause
+        self.cause, self._pieces = cause, None
         begun, self._begun = self._begun, None
         if begun:
             # A caller whose deadline is over resets the call, often before the deadline is over here.
@@ -143,20 +156,18 @@ class Stream(RpcCall):
 
     def _ask(self) -> None:
         """Allow the caller as many bytes as came: whoever reads has taken them, and needs more."""
+        # On the connection at once: each of many streams may owe less than is worth a frame, and together they owe all.
+        self._connection.took(self.owes())
         if self._owed >= _CREDIT and not self._body_ended:
-            owed = self.owes()
-            self.receivable += owed
-            self._connection.allow(self.number, owed)
+            self.receivable += self._owed
+            self._connection.allow(self.number, self._owed)
+            self._owed = 0
 
     def _begin(self, pieces: list[bytes]) -> None:
         """Start the answer to a call that has a short path, its body being there."""
         raw = only_message(pieces, self._limit)
         if raw is not None:
-            try:
-                self.start_clock(self._since)
-                begun = self._connection.short[self._path](raw, self.deadline, self.peer(), self._answered)
-            except InvalidArgument:  # the deadline can't be read, as the handler will say
-                begun = None
+            begun = self._connection.short[self._path](raw, self.deadline, self.peer(), self._answered)
             if begun:
                 # It may have been answered before `begin` came back.
                 self._begun = None if self._was_answered else begun
