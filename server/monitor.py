@@ -72,6 +72,7 @@ class ModelMonitor:
         self._batch_rows = metrics.batch_rows.labels(*own)
         self._request_duration = {kind: metrics.request_duration.labels(*own, kind) for kind in _KINDS}
         self._ended = {(kind, code): metrics.requests.labels(*own, kind, code) for kind in _KINDS for code in _CODES}
+        self._answered = {kind: self._ended[kind, "OK"] for kind in _KINDS}
         self._batches = {reason: metrics.batches.labels(*own, reason) for reason in _REASONS}
         self._rejected = {reason: metrics.rejected.labels(*own, reason) for reason in _REJECTIONS}
         # Told apart by phase in a family of its own; here, beside the other ways to go without an answer, it is one.
@@ -153,7 +154,7 @@ class ModelMonitor:
 
     def succeeded(self, kind: Kind, total: int, decode: int, queue: int, compute: int, encode: int) -> None:
         """A request was answered. Where its time went is in nanoseconds."""
-        self._ended[kind, "OK"].inc()
+        self._answered[kind].inc()
         self._request_duration[kind].observe(total / 1e9)
         statistics = self.statistics
         statistics.success.add(total)
