@@ -39,7 +39,7 @@ _WARY_NS: Final = 1_000_000_000
 class Forwards:
     """The instances of one model, and the works that run on them.
 
-    `answer` is given what each forward gave, `fail` the works that get no answer with the reason. `freed` is called when
+    `answer` is given what each forward gave, `fail` the works that get no answer, and why. `freed` is called when
     an instance can take the next batch, `over` when the works of one that ran in a thread are told. `limits` say which
     batches run on the loop.
     """
