@@ -184,18 +184,25 @@ def test_calls_that_are_refused_without_end_stay_cheap(connect, direct, wrong):
     was_borne_or_cut_off(peer, outcome)
 
 
-def test_who_never_reads_its_answers_gets_no_more_than_a_few(connect, direct):
-    """Answers of 1 MiB each, for as long as the server takes calls."""
+def test_who_does_not_read_its_answers_is_not_read_either(connect, direct):
+    """Answers of 1 MiB each, while what waits for the caller is within bounds; the rest when it reads again."""
     peer = connect({SettingCodes.INITIAL_WINDOW_SIZE: LARGEST_WINDOW})
     peer.open_window(0, 1 << 30)
-    block = peer.encoder.encode(call_headers("ModelInfer"))
-    body = message(asked("wide", np.zeros((1, 1), "f4")).SerializeToString())
-    before = ended(direct, "OK")
+    before, sent = ended(direct, "OK"), 0
+    port = peer.socket.getsockname()[1]
+    (connection,) = (each for each in direct.server.front_end._connections if each.peer.endswith(f":{port}"))
     with others_served(direct), PeakMemory() as peak:
-        pour(peer, calls_of(lambda stream: frame(1, 4, stream, block) + frame(0, 1, stream, body), 1000, at_once=1))
-    assert ended(direct, "OK") - before < 200
-    assert peak.bytes < 200 << 20
-    peer.close()
+        while not connection._sending.paused:
+            peer.call(2 * sent + 1, "ModelInfer", floats(1, "wide"))
+            sent += 1
+            wait_until(direct, lambda sent=sent: connection._sending.paused or ended(direct, "OK") == before + sent)
+            assert sent < 100
+        for more in range(20):
+            peer.call(2 * (sent + more) + 1, "ModelInfer", floats(1, "wide"))
+    assert peak.bytes < 100 << 20
+    assert ended(direct, "OK") <= before + sent
+    for stream in range(1, 2 * (sent + 20), 2):
+        assert peer.answer(stream).status == OK
 
 
 def test_who_opens_no_window_for_a_stream_of_answers_gets_no_more_than_a_few(connect, direct):
