@@ -232,7 +232,7 @@ class Batcher:
                 self._look_soon()
                 return
             now = time.perf_counter_ns()
-            gathered = gather(self._queue, self._limits, self._pace, now, self._hurried)
+            gathered = gather(self._queue, self._limits, self._pace, now, self._hurried, self._forwards.free)
             for work in gathered.dropped:
                 self._end(work.parts, too_late())
             if not gathered.batch:

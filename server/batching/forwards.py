@@ -75,9 +75,9 @@ class Forwards:
         return len(self._instances)
 
     @property
-    def free(self) -> bool:
-        """Whether an instance waits for a batch."""
-        return bool(self._free)
+    def free(self) -> int:
+        """How many instances wait for a batch."""
+        return len(self._free)
 
     def inline(self, rows: int, works: int) -> bool:
         """Tell whether a plain forward of so many rows of so many requests would run on the event loop now."""
