@@ -154,12 +154,13 @@ def test_a_call_that_was_late_on_a_connection_that_is_lost_before_it_heard_of_it
     """Nothing goes out, since the caller reads nothing; then it leaves."""
     peer = connect({SettingCodes.INITIAL_WINDOW_SIZE: LARGEST_WINDOW})
     peer.open_window(0, 1 << 30)
-    peer.headers(1, call_headers("ModelInfer", ("grpc-timeout", "400m")))
+    peer.headers(1, call_headers("ModelInfer", ("grpc-timeout", "1500m")))
     peer.headers(3, call_headers("ModelInfer"))
     for stream in range(5, 45, 2):
         peer.call(stream, "ModelInfer", floats(1, "wide"))
     port = peer.socket.getsockname()[1]
     (connection,) = (each for each in direct.server.front_end._connections if each.peer.endswith(f":{port}"))
+    wait_until(direct, lambda: connection._sending.paused)
     late = connection._streams[1]
     wait_until(direct, lambda: late.cause is not None)
     assert 1 in connection._streams

@@ -265,6 +265,8 @@ class Connection(asyncio.Protocol):
     def _abandon(self, stream: Stream) -> None:
         """End a call that nobody waits for; until its handler, if it has one, has ended too, it counts as one."""
         stream.end(Cause.GONE)
+        # What it had to say would take up the window that the others have.
+        self._sending.drop(stream)
         if not stream.is_running:
             self._forget(stream)
 

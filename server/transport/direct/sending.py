@@ -9,6 +9,7 @@ from layercast.server.transport.direct.calm import SENT, Calm
 from layercast.server.transport.direct.frames import Code, ConnectionFault
 from layercast.server.transport.direct.heads import NO_TABLE, START, header_block
 from layercast.server.transport.direct.stream import Stream
+from layercast.server.transport.rpc_call import Cause
 
 _OK: Final = header_block(((b"grpc-status", b"0"),))
 # The first bytes of the frames of an ordinary answer, up to the number of the stream.
@@ -150,7 +151,7 @@ class Sending:
                 self._forget(stream)
 
     def _enter(self, stream: Stream) -> None:
-        if stream not in self._stuck and stream not in self._crowded:
+        if stream.cause is not Cause.GONE and stream not in self._stuck and stream not in self._crowded:
             self._waiting[stream] = None
 
     def _free(self, stream: Stream) -> None:
