@@ -5,14 +5,14 @@ from direct import assert_alive
 from h2.errors import ErrorCodes
 from h2_frames import ACK, PREFACE, Kind, settings_frame
 
-from layercast.server.transport.direct import connection
+from layercast.server.transport.direct import pulse
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(connection, "_FIRST_SECONDS", 0.2)
-    monkeypatch.setattr(connection, "_QUIET_SECONDS", 0.2)
-    monkeypatch.setattr(connection, "_REPLY_SECONDS", 0.2)
+    monkeypatch.setattr(pulse, "_FIRST_SECONDS", 0.2)
+    monkeypatch.setattr(pulse, "_QUIET_SECONDS", 0.2)
+    monkeypatch.setattr(pulse, "_REPLY_SECONDS", 0.2)
 
 
 @pytest.mark.parametrize("data", [b"", PREFACE[:10], PREFACE, PREFACE + settings_frame({})[:4]])

@@ -9,6 +9,7 @@ from layercast.server.transport.direct import frames
 from layercast.server.transport.direct.calm import ANSWERED, SENT, Calm
 from layercast.server.transport.direct.frames import Code, ConnectionFault, frame, number_bytes
 from layercast.server.transport.direct.heads import MAX_LIST, Head
+from layercast.server.transport.direct.pulse import Pulse
 from layercast.server.transport.direct.reading import NotHttp2, Reader
 from layercast.server.transport.direct.sending import Sending
 from layercast.server.transport.direct.stream import WINDOW, Stream
@@ -23,12 +24,10 @@ _WINDOW: Final = 16 << 20
 _CREDIT: Final = _WINDOW // 4
 _WRITTEN: Final = 1 << 20
 """Bytes that may wait for a peer that reads slowly before nothing more is taken from it."""
-_QUIET_SECONDS: Final = 60.0
-_REPLY_SECONDS: Final = 20.0
-_FIRST_SECONDS: Final = 10.0
-"""What a peer has to say its first words."""
 _LINGER_SECONDS: Final = 1.0
-"""What a peer has to read why it is turned out."""
+"""What a peer has to read why it is turned out,"""
+_PATIENCE_SECONDS: Final = 80.0
+"""and what one that has done nothing wrong has to read the last of its answers."""
 _GREETING: Final = frames.settings({
     frames.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
     frames.INITIAL_WINDOW_SIZE: WINDOW,
@@ -68,7 +67,7 @@ class Connection(asyncio.Protocol):
         self._calm = Calm()
         self._reader = Reader(self, self._calm)
         self._streams: dict[int, Stream] = {}
-        self._heard = self._leaving = False
+        self._leaving = False
         self._last = 0
         self._receivable = _WINDOW
         self._owed = 0
@@ -82,14 +81,20 @@ class Connection(asyncio.Protocol):
         name = transport.get_extra_info("peername")
         self.peer = grpc_peer(*name[:2]) if isinstance(name, tuple) else ""
         self._transport.write(_GREETING)
-        self._clock = self._loop.call_later(_FIRST_SECONDS, self._see_greeted)
+        self._pulse = Pulse(
+            self._loop,
+            greeted=lambda: self._reader.greeted,
+            silent=lambda: self._fail(Code.PROTOCOL_ERROR, "nothing came"),
+            ask=lambda: self._transport.write(frame(frames.PING, 0, 0, bytes(8))),
+            gone=self.abort,
+        )
         self._owner.opened(self)
 
     def data_received(self, data: bytes) -> None:
         """Take what came."""
         if self.deaf:
             return
-        self._heard = True
+        self._pulse.heard = True
         try:
             self._reader.feed(data)
         except ConnectionFault as fault:
@@ -117,7 +122,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """End every call: nobody is there to be answered."""
         self.deaf = True
-        self._clock.cancel()
+        self._pulse.stop()
         self._sending.close()
         self._abandon_all()
         self._owner.lost(self)
@@ -289,8 +294,10 @@ class Connection(asyncio.Protocol):
         self._close_if_done()
 
     def _close_if_done(self) -> None:
+        """Close after the last answer, which a peer may read slowly."""
         if self._leaving and not self._streams and not self.deaf:
-            self._turn_out()
+            self._hear_no_more(_PATIENCE_SECONDS)
+            self._transport.close()
 
     def _fail(self, code: Code, text: str) -> None:
         """Say what the peer did wrong, and close."""
@@ -300,34 +307,15 @@ class Connection(asyncio.Protocol):
 
     def _turn_out(self) -> None:
         """Close once all is written, or soon."""
-        self._sending.flush_answers()
-        self._sending.close()
-        self.deaf = True
-        self._clock.cancel()
-        self._clock = self._loop.call_later(_LINGER_SECONDS, self._transport.abort)
+        self._hear_no_more(_LINGER_SECONDS)
         # Closed with bytes unread, TCP would take back what was written last.
         if self._transport.can_write_eof():
             self._transport.write_eof()
         else:
             self._transport.close()
 
-    def _see_greeted(self) -> None:
-        if self._reader.greeted:
-            self._see_heard()
-        else:
-            self._fail(Code.PROTOCOL_ERROR, "nothing came")
-
-    def _see_heard(self) -> None:
-        """Ask a peer that has said nothing for a while whether it is still there."""
-        if self._heard:
-            self._heard = False
-            self._clock = self._loop.call_later(_QUIET_SECONDS, self._see_heard)
-        else:
-            self._transport.write(frame(frames.PING, 0, 0, bytes(8)))
-            self._clock = self._loop.call_later(_REPLY_SECONDS, self._see_answered)
-
-    def _see_answered(self) -> None:
-        if self._heard:
-            self._see_heard()
-        else:
-            self.abort()
+    def _hear_no_more(self, seconds: float) -> None:
+        self._sending.flush_answers()
+        self._sending.close()
+        self.deaf = True
+        self._pulse.end_within(seconds)
