@@ -85,6 +85,12 @@ class Frames:
         with memoryview(data) as view:
             return bool(flag), bytes(view[start : self._at])
 
+    def next_plain(self) -> bytes | None:
+        """Return the bytes of the next message if it is complete and not compressed. Raises what `next` does."""
+        at = self._at
+        found = self.next() if at < len(self._data) and not self._data[at] else None
+        return found[1] if found else None
+
 
 def announced(piece: bytes, limit: int) -> int:
     """Return how long a body is that begins with `piece` and is one message of at most `limit` bytes, uncompressed.
