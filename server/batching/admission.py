@@ -62,6 +62,10 @@ class Admission:
                 f"send them in several requests"
             )
 
+    def fits(self, rows: int, size: int) -> bool:
+        """Tell whether there is room for so many rows and bytes."""
+        return not (self._lacks_rows(wanted := Held(1, rows, size)) or self._lacks_bytes(wanted))
+
     def check_room(self, rows: int, peer: str) -> None:
         """Raise Unavailable when a request of so many rows is sure to be refused as things stand."""
         if self._queue.held.rows + rows > self._limits.queue_rows >= rows > 0:

@@ -21,12 +21,14 @@ class Held:
     works: int = 0
     rows: int = 0
     bytes: int = 0
+    requests: int = 0
 
     def add(self, work: Work, sign: int = 1) -> None:
         """Count `work` in, or out with a `sign` of -1."""
         self.works += sign
         self.rows += sign * work.rows
         self.bytes += sign * work.bytes
+        self.requests += sign * work.requests
 
 
 @dataclass(slots=True)

@@ -2,8 +2,9 @@
 
 import asyncio
 import functools
+import math
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from itertools import islice, takewhile
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from layercast.proto.fields import mark
 from layercast.proto.messages import InferParameter, ModelInferResponse, ModelStreamInferResponse
 from layercast.server.batching.policy import late_from
 from layercast.server.errors import expected
+from layercast.server.service.bunch import Bunch
 from layercast.server.service.call import Call
 from layercast.server.service.short import Short
 
@@ -30,8 +32,8 @@ _FINAL: Final = ModelInferResponse(
     parameters={"triton_final_response": InferParameter(bool_param=True)}
 ).SerializeToString()
 
-Begin = Callable[[bytes, "Slot"], None]
-"""Begins to answer a serialised request, or fails; never raises. The slot is told the end, perhaps at once."""
+Begin = Callable[[Sequence[tuple[bytes, "Slot"]]], None]
+"""Begins to answer serialised requests; never raises. Each slot is told the end, perhaps at once."""
 
 
 class Slot:
@@ -48,7 +50,7 @@ class Slot:
         self._flight = flight
         self._id_field = b""
         self._late = 0.0
-        self._under_way: Short | asyncio.Task[bytes] | None = None
+        self._under_way: Short | Bunch | asyncio.Task[bytes] | None = None
 
     def begun(self, id_field: bytes) -> None:
         """The request has this id, as it stands in a message."""
@@ -74,10 +76,10 @@ class Slot:
     def left(self, late: bool) -> None:
         """The caller had gone."""
 
-    def wait_for(self, short: Short) -> None:
-        """The answer comes from `short`, unless it came already."""
+    def wait_for(self, begun: Short | Bunch) -> None:
+        """The answer comes from there, unless it came already."""
         if self.outcome is None:
-            self._under_way, self._late = short, late_from(self._flight.call.deadline, _now())
+            self._under_way, self._late = begun, self._flight.late()
 
     def run(self, answer: Coroutine[Any, Any, bytes]) -> None:
         """Let a task make the answer, a serialised ModelInferResponse."""
@@ -87,7 +89,7 @@ class Slot:
     def close(self) -> "asyncio.Task[bytes] | None":
         """Nobody waits for the answer any more; return the task, cancelled, that is about to make it."""
         under_way, self._under_way = self._under_way, None
-        if isinstance(under_way, Short):
+        if isinstance(under_way, Short | Bunch):
             under_way.cancel(late=_now() >= self._late)
             return None
         if under_way:
@@ -112,9 +114,9 @@ class Slot:
 class Flight:
     """The requests of one stream that are not answered yet, bounded in number and in bytes.
 
-    A front end may hand over `together`, in one pass of the event loop, all that came: each request is begun at once,
-    and they share a forward. grpc.aio gives one message at a time, each in a pass of its own. Answered one by one,
-    they would run in many small batches; so what a stream sends far ahead is gathered for a moment and begun together.
+    A front end may hand over `together`, in one pass of the event loop, all that came: requests are begun once no more
+    is there. grpc.aio gives one message at a time, each in a pass of its own. Answered one by one, they would run in
+    many small batches; so what a stream sends far ahead is gathered for a moment and begun together.
     """
 
     def __init__(self, call: Call, max_bytes: int, begin: Begin, together: bool) -> None:
@@ -144,18 +146,26 @@ class Flight:
             await self._has_left.wait()
 
     def enter(self, raw: bytes) -> None:
-        """Begin to answer a request, at once or together with those that come next."""
+        """Take a request in, to be answered together with those that come next."""
         slot = Slot(self, len(raw))
         self._bytes += slot.size
         self._slots.append(slot)
-        if self._together:
-            self._begin(raw, slot)
-            return
         self._gathered.append((raw, slot))
+        if self._together:
+            return
         if self._started() < _DEEP or len(self._gathered) >= _TOGETHER:
             self._start()
         elif self._gather_until is None:
             self._gather_until = asyncio.get_running_loop().call_later(_GATHER_SECONDS, self._start)
+
+    def came(self) -> None:
+        """All that came together is in."""
+        if self._together:
+            self._start()
+
+    def late(self) -> float:
+        """Return from when on a cancel of a request that begins now is the deadline's."""
+        return math.inf if self.call.deadline is None else late_from(self.call.deadline, _now())
 
     def end(self) -> None:
         """No more requests come."""
@@ -209,8 +219,8 @@ class Flight:
             self._gather_until.cancel()
             self._gather_until = None
         gathered, self._gathered = self._gathered, []
-        for raw, slot in gathered:
-            self._begin(raw, slot)
+        if gathered:
+            self._begin(gathered)
 
 
 def _is_answer(outcome: object) -> bool:

@@ -36,9 +36,11 @@ class Short:
 
     __slots__ = ("_call", "_decoded", "_done", "_known", "_start", "_waiting")
 
-    def __init__(self, known: Known, start: int, call: Told) -> None:
-        call.begun(known.id_field)
-        begin(known.model)
+    def __init__(self, known: Known, start: int, call: Told, again: bool = False) -> None:
+        """`again` is for one that was begun, and counted, together with others."""
+        if not again:
+            call.begun(known.id_field)
+            begin(known.model)
         self._known = known
         self._call = call
         self._start = self._decoded = start

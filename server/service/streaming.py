@@ -1,11 +1,12 @@
 """ModelStreamInfer: many requests over one stream, free of any transport."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
+from layercast.server.service.bunch import Asked, bunches
 from layercast.server.service.call import Call
 from layercast.server.service.flight import Flight, Slot
 from layercast.server.service.inference import InferenceService
@@ -62,18 +63,39 @@ class StreamService:
             reader.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
 
-    def _begin(self, requests: Requests, call: Call, raw: bytes, slot: Slot) -> None:
-        """Begin to answer a request: the common kind without a task."""
+    def _begin(self, requests: Requests, call: Call, messages: Sequence[tuple[bytes, Slot]]) -> None:
+        """Begin to answer requests: the common kind without a task, and those that are alike as one work."""
+        plain: list[Asked[Slot]] = []
+        for raw, slot in messages:
+            try:
+                if known := self._inference.known(raw):
+                    plain.append(Asked(known, raw, slot))
+                else:
+                    self._begin_other(requests, call, raw, slot)
+            except Exception as error:
+                slot.failed(error)
+        for bunch in bunches(plain):
+            begun = self._inference.begin_together(bunch, call.deadline, call.peer)
+            for asked in bunch:
+                if begun:
+                    asked.call.wait_for(begun)
+                else:
+                    self._begin_alone(requests, call, asked)
+
+    def _begin_alone(self, requests: Requests, call: Call, asked: Asked[Slot]) -> None:
+        slot = asked.call
         try:
-            short = self._inference.begin_model_infer(raw, call.deadline, call.peer, slot)
-            if short:
+            if short := self._inference.begin(asked.known, call.deadline, call.peer, slot):
                 slot.wait_for(short)
             else:
-                request = requests.parsed(raw)
-                slot.begun(id_field(request))
-                slot.run(self._answer(request, Call(call.deadline, len(raw), peer=call.peer)))
+                self._begin_other(requests, call, asked.raw, slot)
         except Exception as error:
             slot.failed(error)
+
+    def _begin_other(self, requests: Requests, call: Call, raw: bytes, slot: Slot) -> None:
+        request = requests.parsed(raw)
+        slot.begun(id_field(request))
+        slot.run(self._answer(request, Call(call.deadline, len(raw), peer=call.peer)))
 
     async def _answer(self, request: ModelInferRequest, call: Call) -> bytes:
         response = ModelInferResponse()
@@ -91,5 +113,6 @@ async def _read(requests: Requests, flight: Flight) -> None:
                     await flight.room(len(raw))
                 flight.enter(raw)
                 raw = requests.ready()
+            flight.came()
     finally:
         flight.end()

@@ -93,11 +93,11 @@ class Incoming:
         return self
 
     async def __anext__(self) -> bytes:
-        raw: bytes = await self._read()
+        raw = await self._read()
         if raw is grpc.aio.EOF:
             raise StopAsyncIteration
         self._counted.received.inc()
-        return raw
+        return bytes(raw)
 
     def ready(self) -> bytes | None:
         """Return the next message if it is there already, and whole."""
