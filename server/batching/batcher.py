@@ -243,7 +243,8 @@ class Batcher:
                 self._look_after_delay(now)
                 break
             if self._start(gathered.batch, now):
-                self._look_soon()  # it ran on this loop: others come first now
+                if self._queue:
+                    self._look_soon()  # it ran on this loop: others come first now
                 break
         self._settle()
 

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from layercast.server.batching.waiting import Waiting
@@ -73,7 +72,7 @@ class Bunch:
             if form.group is None:
                 form.group = self._model.group(inputs)._replace(bytes=sum(form.sizes))
             group = form.group._replace(bytes=form.group.bytes * many)
-            own = replace(terms, course=Course(requests=many))
+            own = Terms(terms.deadline, peer=terms.peer, course=Course(requests=many))
             self._waiting = self._model.enqueue(inputs, form.rows * many, group, own, self)
         except Exception as error:
             self._fail(error)
@@ -131,7 +130,7 @@ class Bunch:
             short = Short(Known(self._model, self._form, id_field, ()), self._start, call, again=True)
             self._alone.append(short)
             own = {name: array[at * many : (at + 1) * many] for name, array in inputs.items()}
-            short.queue(own, replace(terms, course=Course(admitted=True)))
+            short.queue(own, Terms(terms.deadline, peer=terms.peer, course=Course(admitted=True)))
 
     def _fail(self, error: Exception) -> None:
         self._over()

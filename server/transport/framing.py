@@ -82,6 +82,8 @@ class Frames:
         if len(data) < start + size:
             return None
         self._at = start + size
+        if isinstance(data, bytes):
+            return bool(flag), data[start : self._at]
         with memoryview(data) as view:
             return bool(flag), bytes(view[start : self._at])
 

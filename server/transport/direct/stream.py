@@ -124,10 +124,16 @@ class Stream(RpcCall):
         """Send several, and wait in between while the caller is far behind."""
         for message in messages:
             self.outgoing += self._framed(message)
-            self._connection.send_soon(self)
-            while len(self.outgoing) > AHEAD:
-                self._room = self._loop.create_future()
-                await self._room
+            if len(self.outgoing) > AHEAD:
+                await self._sent()
+        self._connection.send_soon(self)
+
+    async def _sent(self) -> None:
+        """Wait until little of what was written is left to be sent."""
+        self._connection.send_soon(self)
+        while len(self.outgoing) > AHEAD:
+            self._room = self._loop.create_future()
+            await self._room
 
     def make_room(self) -> None:
         """Some of what was written has gone."""
