@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from layercast.server.batching.waiting import Waiting
-from layercast.server.errors import DeadlineCancelled, OutOfMemory, ServingError
+from layercast.server.errors import DeadlineCancelled, Evicted, OutOfMemory, ServingError
 from layercast.server.service.answering import LARGE, begin, failed, succeeded
 from layercast.server.service.heads import Known
 from layercast.server.service.short import Short, Told
@@ -100,10 +100,12 @@ class Bunch:
             call.answered(content)
 
     def set_exception(self, error: Exception) -> None:
-        """Tell the calls that there is no answer; but what one of the rows may be to blame for, only that one has."""
+        """Tell the calls that there is no answer; what one of them is to blame or enough for, the others don't share."""
         if self._waiting:
             self._waiting.failed(error)
-        if isinstance(error, OutOfMemory) or not isinstance(error, ServingError):
+        if isinstance(error, Evicted):
+            self._part(error)
+        elif isinstance(error, OutOfMemory) or not isinstance(error, ServingError):
             self._part()
         else:
             self._fail(error)
@@ -121,12 +123,16 @@ class Bunch:
             failed(self._model, "predict", DeadlineCancelled() if late else asyncio.CancelledError(), self._start)
             call.left(late)
 
-    def _part(self) -> None:
-        """Queue each request alone; all were admitted."""
+    def _part(self, last: Exception | None = None) -> None:
+        """Queue each request alone, all having been admitted; but the last ends by `last` if there is that."""
         inputs, terms = self._inputs, self._terms
         self._over()
         many = self._form.rows
         for at, (id_field, call) in enumerate(zip(self._id_fields, self._calls, strict=True)):
+            if last and at == len(self._calls) - 1:
+                failed(self._model, "predict", last, self._start)
+                call.failed(last)
+                break
             short = Short(Known(self._model, self._form, id_field, ()), self._start, call, again=True)
             self._alone.append(short)
             own = {name: array[at * many : (at + 1) * many] for name, array in inputs.items()}

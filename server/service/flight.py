@@ -33,7 +33,7 @@ _FINAL: Final = ModelInferResponse(
 ).SerializeToString()
 
 Begin = Callable[[Sequence[tuple[bytes, "Slot"]]], None]
-"""Begins to answer serialised requests; never raises. Each slot is told the end, perhaps at once."""
+"""Begins to answer serialised requests. Each slot is told the end, perhaps at once."""
 
 
 class Slot:
@@ -51,6 +51,11 @@ class Slot:
         self._id_field = b""
         self._late = 0.0
         self._under_way: Short | Bunch | asyncio.Task[bytes] | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the request has not ended, and nothing is on its way to that."""
+        return self.outcome is None and self._under_way is None
 
     def begun(self, id_field: bytes) -> None:
         """The request has this id, as it stands in a message."""
@@ -219,8 +224,14 @@ class Flight:
             self._gather_until.cancel()
             self._gather_until = None
         gathered, self._gathered = self._gathered, []
-        if gathered:
+        if not gathered:
+            return
+        try:
             self._begin(gathered)
+        except Exception as error:
+            for _, slot in gathered:
+                if slot.is_idle:
+                    slot.failed(error)
 
 
 def _is_answer(outcome: object) -> bool:

@@ -60,14 +60,19 @@ class InferenceService:
 
     def begin_model_infer(self, raw: bytes, deadline: float | None, peer: str, call: Told) -> Short | None:
         """Begin to answer a serialised request if it is plain and right in every way; else do nothing, return None."""
-        known = self.known(raw)
-        return self.begin(known, deadline, peer, call) if known else None
-
-    def known(self, raw: bytes) -> Known | None:
-        """Recognise a serialised request that is plain, and that the caller may make; only values are left to see."""
         if len(raw) >= LARGE or not scopes.has(scopes.PREDICT):
             return None
-        return self._heads.known(raw) or self._parsed(raw)
+        known = self._heads.known(raw) or self._parsed(raw)
+        return self.begin(known, deadline, peer, call) if known else None
+
+    def all_known(self, messages: Sequence[bytes]) -> list[Known | None]:
+        """Recognise serialised requests that are plain, and that the caller may make; only values are left to see."""
+        if not scopes.has(scopes.PREDICT):
+            return [None] * len(messages)
+        return [
+            found or (self._parsed(raw) if len(raw) < LARGE else None)
+            for raw, found in zip(messages, self._heads.all_known(messages), strict=True)
+        ]
 
     def begin(self, known: Known, deadline: float | None, peer: str, call: Told) -> Short | None:
         """Begin to answer a plain request if its values are right; else do nothing and return None."""

@@ -66,14 +66,12 @@ class StreamService:
     def _begin(self, requests: Requests, call: Call, messages: Sequence[tuple[bytes, Slot]]) -> None:
         """Begin to answer requests: the common kind without a task, and those that are alike as one work."""
         plain: list[Asked[Slot]] = []
-        for raw, slot in messages:
-            try:
-                if known := self._inference.known(raw):
-                    plain.append(Asked(known, raw, slot))
-                else:
-                    self._begin_other(requests, call, raw, slot)
-            except Exception as error:
-                slot.failed(error)
+        found = self._inference.all_known([raw for raw, _ in messages])
+        for known, (raw, slot) in zip(found, messages, strict=True):
+            if known:
+                plain.append(Asked(known, raw, slot))
+            else:
+                self._begin_other(requests, call, raw, slot)
         for bunch in bunches(plain):
             begun = self._inference.begin_together(bunch, call.deadline, call.peer)
             for asked in bunch:
@@ -83,19 +81,19 @@ class StreamService:
                     self._begin_alone(requests, call, asked)
 
     def _begin_alone(self, requests: Requests, call: Call, asked: Asked[Slot]) -> None:
-        slot = asked.call
-        try:
-            if short := self._inference.begin(asked.known, call.deadline, call.peer, slot):
-                slot.wait_for(short)
-            else:
-                self._begin_other(requests, call, asked.raw, slot)
-        except Exception as error:
-            slot.failed(error)
+        if short := self._inference.begin(asked.known, call.deadline, call.peer, asked.call):
+            asked.call.wait_for(short)
+        else:
+            self._begin_other(requests, call, asked.raw, asked.call)
 
     def _begin_other(self, requests: Requests, call: Call, raw: bytes, slot: Slot) -> None:
-        request = requests.parsed(raw)
-        slot.begun(id_field(request))
-        slot.run(self._answer(request, Call(call.deadline, len(raw), peer=call.peer)))
+        try:
+            request = requests.parsed(raw)
+        except Exception as error:
+            slot.failed(error)
+        else:
+            slot.begun(id_field(request))
+            slot.run(self._answer(request, Call(call.deadline, len(raw), peer=call.peer)))
 
     async def _answer(self, request: ModelInferRequest, call: Call) -> bytes:
         response = ModelInferResponse()

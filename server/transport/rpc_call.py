@@ -47,14 +47,15 @@ class Cause(Enum):
 class RpcCall(ABC):
     """Reads the messages of a call and writes its answers.
 
-    It has what our handlers use of `grpc.aio.ServicerContext`. `together` tells whether whatever came while the event
-    loop was busy is there at once. `encode` makes bytes of what the handler sends, if it doesn't itself; `cause` is set
-    once the call is cancelled; `status` is what it ends with: code, text, trailers.
+    It has what our handlers use of `grpc.aio.ServicerContext`. `ready` returns the next message if it is there, whole
+    and not compressed, or None. `together` tells whether whatever came while the event loop was busy is there at once.
+    `encode` makes bytes of what the handler sends, if it doesn't itself; `cause` is set once the call is cancelled;
+    `status` is what it ends with: code, text, trailers.
     """
 
     __slots__ = (
         "_body_ended", "_code", "_frames", "_headers", "_limit", "_loop", "_pairs", "_task", "_waiter", "_whole",
-        "cause", "deadline", "encode", "status",
+        "cause", "deadline", "encode", "ready", "status",
     )  # fmt: skip
 
     together: ClassVar[bool] = False
@@ -64,6 +65,7 @@ class RpcCall(ABC):
         self._pairs, self._headers, self._limit = pairs, headers, limit
         self._loop = asyncio.get_running_loop()
         self._frames = Frames(limit)
+        self.ready = self._frames.next_plain
         self._task: asyncio.Task[Any] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._body_ended = False
@@ -131,10 +133,6 @@ class RpcCall(ABC):
             await self._waiter
         compressed, raw = found
         return await self._inflated(raw) if compressed else raw
-
-    def ready(self) -> bytes | None:
-        """Return the bytes of the next message if it is there, whole, and not compressed."""
-        return self._frames.next_plain()
 
     async def messages(self) -> AsyncIterator[Any]:
         """Yield the bytes of message after message."""
