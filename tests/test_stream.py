@@ -92,8 +92,16 @@ def test_large_requests_are_bounded_by_bytes(served):
     assert [values_of(answer.infer_response)[0, 0] for answer in answers] == [0, 1, 2]
 
 
-def test_what_is_sent_far_ahead_is_started_together(served, monkeypatch):
+@pytest.fixture(scope="module")
+def one_by_one():
+    """A server whose front end hands over one message at a time."""
+    with numeric({"same": Model(identity)}, front_end="grpcio") as server:
+        yield server
+
+
+def test_what_is_sent_far_ahead_is_started_together(one_by_one, monkeypatch):
     """Sixteen at once, then 32 together; the rest, for which no more come, when those before it are answered."""
+    served = one_by_one
     monkeypatch.setattr(flight, "_GATHER_SECONDS", 60)
     served.on_loop(batcher(served, "same").hold)
     sent: queue.Queue[ModelInferRequest | None] = queue.Queue()
@@ -109,7 +117,8 @@ def test_what_is_sent_far_ahead_is_started_together(served, monkeypatch):
     assert list(answers) == []
 
 
-def test_what_is_gathered_waits_no_longer_than_a_moment(served):
+def test_what_is_gathered_waits_no_longer_than_a_moment(one_by_one):
+    served = one_by_one
     served.on_loop(batcher(served, "same").hold)
     sent: queue.Queue[ModelInferRequest | None] = queue.Queue()
     answers = served.stream(iter(sent.get, None))

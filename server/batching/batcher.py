@@ -18,7 +18,7 @@ from layercast.server.batching.pace import Pace
 from layercast.server.batching.patience import Patience
 from layercast.server.batching.policy import Limits, Observer, Phase, Reason, executed, late_from
 from layercast.server.batching.queue import Queue
-from layercast.server.batching.waiting import Waiting
+from layercast.server.batching.waiting import Waiting, forget
 from layercast.server.errors import DeadlineCancelled, Unavailable
 from layercast.server.work import Answer, Course, Terms, Work
 
@@ -108,7 +108,7 @@ class Batcher:
             raise
         finally:
             waiting.over()
-            _forget(futures)
+            forget(futures)
         return answers
 
     def enqueue(self, works: Sequence[Work], terms: Terms) -> Waiting:
@@ -295,12 +295,3 @@ class Batcher:
         for work, own in zip(works, ran.rows, strict=True):
             if not work.asker.done():
                 work.asker.set_result(work.answer(own, ran.compute_ns, rows))
-
-
-def _forget(futures: "list[asyncio.Future[Answer]]") -> None:
-    """Let nobody wait for these any more, nor keep them: an error refers to the list by its traceback."""
-    for future in futures:
-        # A part that failed beside the one that is reported would else be logged as never looked at.
-        if not future.cancel() and not future.cancelled():
-            future.exception()
-    futures.clear()

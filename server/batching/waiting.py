@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from layercast.server.batching.endings import Endings
 from layercast.server.batching.policy import Phase
 from layercast.server.errors import DeadlineExceeded
-from layercast.server.work import NOBODY, Course, Work
+from layercast.server.work import NOBODY, Answer, Course, Work
 
 
 class Waiting:
@@ -52,3 +52,12 @@ class Waiting:
             timer.cancel()
         for work in self._works:
             work.parts, work.asker = (), NOBODY
+
+
+def forget(futures: "list[asyncio.Future[Answer]]") -> None:
+    """Let nobody wait for these any more, nor keep them: an error refers to the list by its traceback."""
+    for future in futures:
+        # A part that failed beside the one that is reported would else be logged as never looked at.
+        if not future.cancel() and not future.cancelled():
+            future.exception()
+    futures.clear()

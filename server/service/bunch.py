@@ -100,7 +100,7 @@ class Bunch:
             call.answered(content)
 
     def set_exception(self, error: Exception) -> None:
-        """Tell the calls that there is no answer; what one of them is to blame or enough for, the others don't share."""
+        """Tell the calls that there is no answer; what one is to blame or enough for, the others have no part in."""
         if self._waiting:
             self._waiting.failed(error)
         if isinstance(error, Evicted):
