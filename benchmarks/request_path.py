@@ -1,8 +1,9 @@
 """What one request costs in Python: the processor time from its bytes to the bytes of its answer.
 
-Runs in one process, with no network: serialised ModelInfer requests go through the RPC's own handler, as many at a time
-as asked. The model is a real artefact, but its engine is replaced by one that does next to nothing, so that what is
-left is the server's own: parse, find, decode, check, queue, gather, hand over, answer, encode, serialise, count.
+Runs in one process, with no network: serialised ModelInfer requests are begun in one pass of the event loop, as many at
+a time as asked, and each is followed by another once it is answered. Or they go through the RPC's handler, as grpc.aio
+calls it: a task for each. The model is a real artefact, but its engine is replaced by one that does next to nothing, so
+that what is left is the server's own: parse, find, check, queue, gather, hand over, answer, serialise, count.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import cProfile
 import pstats
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +31,9 @@ from layercast.server.repository import Repository
 from layercast.server.service.answering import Answering
 from layercast.server.service.inference import InferenceService
 from layercast.server.settings import read
-from layercast.server.transport.calls import UnaryRpc
+from layercast.server.transport.calls import Begin, UnaryRpc
 from layercast.server.transport.counted import Counted
+from layercast.server.transport.status import Reply
 
 
 def main() -> None:
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="of which the best counts")
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--engine", choices=("none", "real"), default="none", help="what runs the rows")
+    parser.add_argument("--through", choices=("begin", "handler"), default="begin", help="the way into the server")
     parser.add_argument("--repository", type=Path, help="where the artefact is kept (default: a temporary folder)")
     parser.add_argument("--profile", action="store_true", help="also print where the time goes at the last concurrency")
     args = parser.parse_args()
@@ -80,7 +84,8 @@ class _Context:
 
 
 async def _measure(root: Path, args: argparse.Namespace) -> None:
-    options: dict[str, Any] = {"engine": "onnx", "max_delay_ms": 0}
+    front_end = "direct" if args.through == "begin" else "grpcio"
+    options: dict[str, Any] = {"engine": "onnx", "max_delay_ms": 0, "front_end": front_end}
     metrics = Metrics()
     repository = Repository(read({"repository": root, **options}), metrics, 1)
     await repository.load_all(root)
@@ -91,15 +96,15 @@ async def _measure(root: Path, args: argparse.Namespace) -> None:
     service = InferenceService(Answering(repository, metrics, 64 << 20))
     counted = Counted(INFERENCE_SERVICE, "ModelInfer", metrics)
     rpc = UnaryRpc(INFERENCE["ModelInfer"], service.model_infer, counted, service.begin_model_infer)
-    handle = rpc.handler().unary_unary
+    run = partial(_begun, rpc.begin) if args.through == "begin" else partial(_handled, rpc.handler().unary_unary)
     for concurrency in args.concurrency:
-        for name, context in (("no deadline", _Context()), ("deadline", _Context(10.0))):
-            best = min([await _run(handle, context, args.requests, concurrency) for _ in range(args.runs)])
+        for name, seconds in (("no deadline", None), ("deadline", 10.0)):
+            best = min([await run(seconds, args.requests, concurrency) for _ in range(args.runs)])
             print(f"c={concurrency:<3} {name:<12} {best[0]:6.1f} us CPU, {best[1]:6.1f} us wall a request")
     profile = cProfile.Profile()
     if args.profile:
         profile.enable()
-        await _run(handle, _Context(10.0), args.requests, args.concurrency[-1])
+        await run(10.0, args.requests, args.concurrency[-1])
         profile.disable()
         pstats.Stats(profile).sort_stats("tottime").print_stats(45)
     await repository.close()
@@ -115,14 +120,22 @@ def _replace_engine(model: ServedModel) -> None:
         runner.fast = SimpleNamespace(name="none", device="cpu", run=run)
 
 
-async def _run(handle: Any, context: Any, requests: int, concurrency: int) -> tuple[float, float]:
+def _message() -> bytes:
     image = np.random.default_rng(0).random((1, 1, 28, 28), dtype="f4")
     message = ModelInferRequest(model_name="mnist", id="7", raw_input_contents=[image.tobytes()])
     message.inputs.add(name="image", datatype="FP32", shape=image.shape)
-    raw = message.SerializeToString()
-    answer = ModelInferResponse.FromString(await handle(raw, context))
+    return message.SerializeToString()
+
+
+def _check(content: bytes) -> None:
+    answer = ModelInferResponse.FromString(content)
     assert answer.outputs[0].shape == [1, 10]
     assert answer.id == "7"
+
+
+async def _handled(handle: Any, seconds: float | None, requests: int, concurrency: int) -> tuple[float, float]:
+    raw, context = _message(), _Context(seconds)
+    _check(await handle(raw, context))
 
     async def ask() -> None:
         # As grpc.aio does: a task of its own for every call.
@@ -133,6 +146,35 @@ async def _run(handle: Any, context: Any, requests: int, concurrency: int) -> tu
     await asyncio.gather(*(ask() for _ in range(concurrency)))
     done = requests // concurrency * concurrency
     return (time.process_time() - cpu) / done * 1e6, (time.perf_counter() - wall) / done * 1e6
+
+
+async def _begun(begin: Begin, seconds: float | None, requests: int, concurrency: int) -> tuple[float, float]:
+    raw, loop, over = _message(), asyncio.get_running_loop(), asyncio.Event()
+    due = None if seconds is None else loop.time() + seconds
+    left, waiting, answered = requests, concurrency, 0
+
+    def start() -> None:
+        nonlocal left, waiting
+        many, waiting = min(waiting, left), 0
+        left -= many
+        for _ in range(many):
+            begin(raw, due, "ipv4:127.0.0.1:1", ended)
+
+    def ended(content: bytes | None, failed: Reply | None) -> None:
+        nonlocal waiting, answered
+        assert content is not None, failed
+        answered += 1
+        if answered == requests:
+            _check(content)
+            over.set()
+        if not waiting:
+            loop.call_soon(start)
+        waiting += 1
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    start()
+    await over.wait()
+    return (time.process_time() - cpu) / requests * 1e6, (time.perf_counter() - wall) / requests * 1e6
 
 
 if __name__ == "__main__":

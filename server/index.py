@@ -81,9 +81,11 @@ class Index:
         return entry.model if entry else None
 
     def _newest(self, name: str) -> ServedModel | None:
-        versions = self._models.get(name, {})
-        newest = max((number for number, version in versions.items() if version.model), default=0)
-        return versions[newest].model if newest else None
+        newest, found = 0, None
+        for number, version in self._models.get(name, {}).items():
+            if version.model and number > newest:
+                newest, found = number, version.model
+        return found
 
     def _not_ready(self, name: str, version: str) -> ServingError:
         versions = self._models.get(name)

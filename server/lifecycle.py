@@ -47,6 +47,10 @@ _SERVICES = ("", INFERENCE_SERVICE, FEATURES_SERVICE)
 _WAITING_THREADS: Final = 4
 """Threads beside those that compute, for what waits for a disk or for another thread."""
 
+_SWITCH_SECONDS: Final = 0.00005
+"""How long the event loop may keep Python's lock from a thread that waits for it. A thread that begins or ends a forward
+takes it for a moment; by default it waits up to 5 ms, in which the processors compute nothing."""
+
 _CLOSING_SECONDS: Final = 0.5
 """What handlers have to send their last answers, and then models and ports to close."""
 
@@ -193,6 +197,7 @@ async def run(settings: Settings) -> NoReturn:
     # What imports made stays: a full collection would else look through all of it, 0.2 s in which nothing is answered.
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     server = Server(settings)
     starting = asyncio.create_task(server.start())
     stopping = asyncio.create_task(stop.wait())

@@ -72,6 +72,7 @@ class ModelMonitor:
         self._batch_rows = metrics.batch_rows.labels(*own)
         self._request_duration = {kind: metrics.request_duration.labels(*own, kind) for kind in _KINDS}
         self._ended = {(kind, code): metrics.requests.labels(*own, kind, code) for kind in _KINDS for code in _CODES}
+        self._answered = {kind: self._ended[kind, "OK"] for kind in _KINDS}
         self._batches = {reason: metrics.batches.labels(*own, reason) for reason in _REASONS}
         self._rejected = {reason: metrics.rejected.labels(*own, reason) for reason in _REJECTIONS}
         # Told apart by phase in a family of its own; here, beside the other ways to go without an answer, it is one.
@@ -155,7 +156,7 @@ class ModelMonitor:
         self, kind: Kind, total: int, decode: int, queue: int, compute: int, encode: int, many: int = 1
     ) -> None:
         """A request, or so many of them, were answered. Where the time of each went is in nanoseconds."""
-        self._ended[kind, "OK"].inc(many)
+        self._answered[kind].inc(many)
         self._request_duration[kind].observe(total / 1e9, many)
         statistics = self.statistics
         statistics.success.add(total, many)

@@ -9,7 +9,7 @@ import numpy as np
 from layercast.models.manifest import Manifest, TensorSpec
 from layercast.models.steering import Placed
 from layercast.server import memory
-from layercast.server.engines.base import Engine, Inputs, Tapping
+from layercast.server.engines.base import Engine, Inputs, Outputs, Tapping
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import ModelFailed
 from layercast.server.work import Array, Rows, Tap, Work
@@ -44,28 +44,33 @@ class Runner:
 
     def _run(self, works: Sequence[Work]) -> list[Rows]:
         inputs = self._join(works)
-        rows = sum(work.rows for work in works)
-        taps = list(dict.fromkeys(tap for work in works for tap in work.taps))
-        predict = any(work.predict for work in works)
-        edits = _placed(works)
-        if edits:
-            if self.eager is None:
-                raise ModelFailed("a layer was to be changed in a model without its module. This is a bug.")
-            outputs, features = self.eager.tapped(inputs, taps, predict, edits)
-        elif taps:
-            if self.taps is None:
-                raise ModelFailed("a layer was asked of a model that can show none. This is a bug.")
-            outputs, features = self.taps.tapped(inputs, taps, predict)
-        else:
-            outputs, features = self.fast.run(inputs), {}
-        if taps and self.taps:
-            self.on_tapped("eager" if edits else self.taps.name)
+        rows, plain = 0, True
+        for work in works:
+            rows += work.rows
+            plain = plain and not (work.taps or work.edits)
+        outputs, features = (self.fast.run(inputs), {}) if plain else self._with_layers(works, inputs)
         for name, array in (*outputs.items(), *((tap.layer, array) for tap, array in features.items())):
             _check_rows(name, array, rows)
         if inputs is not works[0].inputs:
             outputs = {name: self._own(array) for name, array in outputs.items()}
             features = {tap: self._own(array) for tap, array in features.items()}
         return _split(works, outputs, features)
+
+    def _with_layers(self, works: Sequence[Work], inputs: Inputs) -> tuple[Outputs, dict[Tap, Array]]:
+        taps = list(dict.fromkeys(tap for work in works for tap in work.taps))
+        predict = any(work.predict for work in works)
+        edits = _placed(works)
+        if edits:
+            if self.eager is None:
+                raise ModelFailed("a layer was to be changed in a model without its module. This is a bug.")
+            found = self.eager.tapped(inputs, taps, predict, edits)
+        elif self.taps is None:
+            raise ModelFailed("a layer was asked of a model that can show none. This is a bug.")
+        else:
+            found = self.taps.tapped(inputs, taps, predict)
+        if taps and self.taps:
+            self.on_tapped("eager" if edits else self.taps.name)
+        return found
 
     def _too_large(self, rows: int) -> str:
         device = "GPU" if self.fast.device == "cuda" else "machine"
@@ -96,10 +101,10 @@ def _placed(works: Sequence[Work]) -> list[Placed]:
 def _split(works: Sequence[Work], outputs: dict[str, Array], features: dict[Tap, Array]) -> list[Rows]:
     answers, start = [], 0
     for work in works:
-        own = slice(start, start + work.rows)
-        start += work.rows
-        taken = {tap: features[tap][own] for tap in work.taps}
-        answers.append(Rows({name: array[own] for name, array in outputs.items()} if work.predict else {}, taken))
+        end = start + work.rows
+        own = {name: array[start:end] for name, array in outputs.items()} if work.predict else {}
+        answers.append(Rows(own, {tap: features[tap][start:end] for tap in work.taps} if work.taps else {}))
+        start = end
     return answers
 
 

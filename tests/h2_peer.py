@@ -6,36 +6,28 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from google.protobuf.message import Message
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
+from h2_frames import (
+    ACK,
+    END_HEADERS,
+    END_STREAM,
+    PADDED,
+    PREFACE,
+    PRIORITISED,
+    Kind,
+    call_headers,
+    frame,
+    message,
+    settings_frame,
+)
 from hpack import Decoder, Encoder
 
-from layercast.proto.rpc import FEATURES, INFERENCE
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-LARGEST_WINDOW = 2**31 - 1
-END_STREAM, ACK, END_HEADERS, PADDED, PRIORITISED = 1, 1, 4, 8, 32
 Pairs = Iterable[tuple[str, str]]
-
-
-class Kind(IntEnum):
-    """Types of frames (RFC 9113, section 6)."""
-
-    DATA = 0
-    HEADERS = 1
-    PRIORITY = 2
-    RST_STREAM = 3
-    SETTINGS = 4
-    PUSH_PROMISE = 5
-    PING = 6
-    GOAWAY = 7
-    WINDOW_UPDATE = 8
-    CONTINUATION = 9
 
 
 class Frame(NamedTuple):
@@ -121,10 +113,11 @@ class Peer:
         self._unread = b""
         self._pings = 0
         if greet:
-            self.send(PREFACE + settings_frame(settings or {}))
-            self.until(lambda: any(frame.kind == Kind.SETTINGS and not frame.flags & ACK for frame in self.frames))
-            self.frame(Kind.SETTINGS, ACK)
-            self.until(lambda: any(frame.kind == Kind.SETTINGS and frame.flags & ACK for frame in self.frames))
+            try:
+                self._greet(settings or {})
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         self.socket.close()
@@ -238,6 +231,12 @@ class Peer:
         self.frame(Kind.PING, 0, 0, payload)
         self.until(lambda: self.frames and self.frames[-1][:4] == (Kind.PING, ACK, 0, payload))
 
+    def _greet(self, settings: Mapping[int, int]) -> None:
+        self.send(PREFACE + settings_frame(settings))
+        self.until(lambda: any(found.kind == Kind.SETTINGS and not found.flags & ACK for found in self.frames))
+        self.frame(Kind.SETTINGS, ACK)
+        self.until(lambda: any(found.kind == Kind.SETTINGS and found.flags & ACK for found in self.frames))
+
     def _exactly(self, size: int) -> bytes | None:
         parts = [self._unread]
         have = len(self._unread)
@@ -276,31 +275,3 @@ class Peer:
             reply.body += found.payload
         if reply and found.kind in (Kind.HEADERS, Kind.DATA) and found.flags & END_STREAM:
             reply.ended = True
-
-
-def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"", length: int | None = None) -> bytes:
-    """Return a frame; `length` is what its head says, where that isn't the truth."""
-    said = len(payload) if length is None else length
-    return said.to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-
-def settings_frame(settings: Mapping[int, int], flags: int = 0, stream: int = 0) -> bytes:
-    payload = b"".join(struct.pack(">HI", *pair) for pair in settings.items())
-    return frame(Kind.SETTINGS, flags, stream, payload)
-
-
-def message(raw: bytes, flag: int = 0) -> bytes:
-    """Return a message of gRPC as it goes into the body."""
-    return bytes([flag]) + len(raw).to_bytes(4, "big") + raw
-
-
-def call_headers(name: str, *more: tuple[str, str], **replaced: str | None) -> list[tuple[str, str]]:
-    """Return the headers of a call of the RPC `name` (or of a path); `replaced` has underscores, and None for none."""
-    path = name if name.startswith("/") else {**INFERENCE, **FEATURES}[name].path
-    given = {
-        ":method": "POST", ":scheme": "http", ":path": path, ":authority": "localhost",
-        "te": "trailers", "content-type": "application/grpc",
-    }  # fmt: skip
-    for key, value in replaced.items():
-        given[f":{key}" if f":{key}" in given else key.replace("_", "-")] = value
-    return [(key, value) for key, value in given.items() if value is not None] + list(more)

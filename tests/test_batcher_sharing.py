@@ -120,7 +120,7 @@ async def test_shares_hold_for_bytes_too_and_nobody_is_turned_out_for_a_request_
         assert recorder.bytes == 40
         small = asking(batcher, *range(3), peer="small")
         ended = await asyncio.gather(*greedy[3:], return_exceptions=True)
-        assert [type(error) for error in ended] == [Unavailable] * 2
+        assert [type(error) for error in ended] == [Evicted] * 2
         batcher.release()
         assert await asyncio.gather(small, *greedy[:3]) == [[0, -1, -2], [0, 0], [-1, -1], [-2, -2]]
 

@@ -1,5 +1,6 @@
 """The front end `direct`: how calls end before their time, and how many there may be at a time."""
 
+import asyncio
 import socket
 import struct
 
@@ -16,7 +17,7 @@ from direct import (
 )
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
-from h2_peer import ACK, Kind, call_headers, message
+from h2_frames import ACK, LARGEST_WINDOW, Kind, call_headers, frame, message
 from test_server_inference import wait_until
 
 
@@ -125,3 +126,42 @@ def test_settings_that_arrive_in_the_middle_of_calls_stop_none(connect, direct):
         peer.set({SettingCodes.MAX_CONCURRENT_STREAMS: 0, SettingCodes.MAX_FRAME_SIZE: 50_000})
         assert peer.frames[-1][:2] == (Kind.SETTINGS, ACK)
     assert_echoed(peer.answer(1), 10)
+
+
+@pytest.mark.parametrize("passes", range(8))
+@pytest.mark.parametrize("name", ["ModelStreamInfer", "ServerLive"])
+def test_answers_that_meet_the_end_of_their_connection_harm_nobody(connect, direct, name, passes):
+    """The connection is lost so many passes of the event loop after calls have come that are answered at once."""
+    peer = connect()
+    calls, body = b"", message(b"" if name == "ServerLive" else b"no request, which needs no model")
+    for stream in (1, 3, 5):
+        calls += frame(1, 4, stream, peer.encoder.encode(call_headers(name))) + frame(0, 0, stream, body)
+    port = peer.socket.getsockname()[1]
+
+    async def meet() -> None:
+        (connection,) = (each for each in direct.server.front_end._connections if each.peer.endswith(f":{port}"))
+        connection.data_received(calls)
+        for _ in range(passes):
+            await asyncio.sleep(0)
+        connection.abort()
+
+    direct.wait(meet())
+    peer.ends()
+    assert_alive(connect(), 1)
+
+
+def test_a_call_that_was_late_on_a_connection_that_is_lost_before_it_heard_of_it_is_cleared_away(connect, direct):
+    """Nothing goes out, since the caller reads nothing; then it leaves."""
+    peer = connect({SettingCodes.INITIAL_WINDOW_SIZE: LARGEST_WINDOW})
+    peer.open_window(0, 1 << 30)
+    peer.headers(1, call_headers("ModelInfer", ("grpc-timeout", "400m")))
+    peer.headers(3, call_headers("ModelInfer"))
+    for stream in range(5, 45, 2):
+        peer.call(stream, "ModelInfer", floats(1, "wide"))
+    port = peer.socket.getsockname()[1]
+    (connection,) = (each for each in direct.server.front_end._connections if each.peer.endswith(f":{port}"))
+    late = connection._streams[1]
+    wait_until(direct, lambda: late.cause is not None)
+    assert 1 in connection._streams
+    peer.close()
+    wait_until(direct, lambda: not connection._streams)

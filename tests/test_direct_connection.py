@@ -7,7 +7,7 @@ import pytest
 from direct import assert_alive, assert_connection_error, held
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
-from h2_peer import ACK, LARGEST_WINDOW, PREFACE, Kind, call_headers, frame, message, settings_frame
+from h2_frames import ACK, LARGEST_WINDOW, PREFACE, Kind, call_headers, frame, message, settings_frame
 
 
 def test_the_first_frame_is_settings_and_ours_are_acknowledged(connect):

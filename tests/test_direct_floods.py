@@ -12,7 +12,8 @@ import pytest
 from direct import MESSAGE_LIMIT, OK, assert_alive, ended, floats, held
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
-from h2_peer import END_HEADERS, LARGEST_WINDOW, Kind, Peer, call_headers, frame, message, settings_frame
+from h2_frames import END_HEADERS, LARGEST_WINDOW, Kind, call_headers, frame, message, settings_frame
+from h2_peer import Peer
 from numeric import asked
 from serving import Running
 from test_server_inference import wait_until

@@ -17,7 +17,8 @@ from direct import (
     held,
 )
 from h2.errors import ErrorCodes
-from h2_peer import END_STREAM, PADDED, Kind, Peer, call_headers, message
+from h2_frames import END_STREAM, PADDED, Kind, call_headers, message
+from h2_peer import Peer
 from numeric import asked
 from test_server_inference import values_of, wait_until
 from test_wire import PeakMemory

@@ -13,7 +13,7 @@ from direct import (
 )
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
-from h2_peer import LARGEST_WINDOW, Kind, call_headers, message
+from h2_frames import LARGEST_WINDOW, Kind, call_headers, message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_server_inference import wait_until

@@ -3,7 +3,7 @@
 import pytest
 from direct import INVALID, LIVE, OK, UNIMPLEMENTED, assert_alive, assert_stream_error, ended
 from h2.errors import ErrorCodes
-from h2_peer import call_headers, message
+from h2_frames import call_headers, message
 
 
 def sent(peer, stream, pairs):

@@ -9,7 +9,7 @@ import pytest
 from direct import OK, assert_alive, assert_connection_error, peers_of, serving_directly
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
-from h2_peer import END_HEADERS, Kind, call_headers, message
+from h2_frames import END_HEADERS, Kind, call_headers, message
 from hpack import Decoder
 from hpack.exceptions import HPACKError
 from hpack.hpack import encode_integer

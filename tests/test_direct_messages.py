@@ -21,7 +21,7 @@ from direct import (
 from google.rpc.error_details_pb2 import BadRequest
 from google.rpc.status_pb2 import Status
 from h2.settings import SettingCodes
-from h2_peer import END_STREAM, LARGEST_WINDOW, Kind, call_headers, message
+from h2_frames import END_STREAM, LARGEST_WINDOW, Kind, call_headers, message
 from numeric import asked
 
 from layercast.proto.messages import ModelStreamInferResponse

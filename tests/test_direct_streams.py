@@ -14,7 +14,7 @@ from direct import (
     held,
 )
 from h2.errors import ErrorCodes
-from h2_peer import END_HEADERS, END_STREAM, PADDED, PRIORITISED, Kind, call_headers, frame, message
+from h2_frames import END_HEADERS, END_STREAM, PADDED, PRIORITISED, Kind, call_headers, frame, message
 from test_server_inference import wait_until
 
 

@@ -34,17 +34,19 @@ class Admission:
 
         Raises InvalidArgument for a request that the empty queue could not hold, Unavailable when there is no room.
         """
-        wanted = Held()
+        limits, held, rows, size = self._limits, self._queue.held, 0, 0
         for work in works:
-            wanted.add(work)
-        self._check_possible(wanted, terms.course)
-        self._make_room(wanted, terms)
-        levels = self._limits.priorities
+            rows += work.rows
+            size += work.bytes
+        if held.rows + rows > limits.queue_rows or held.bytes + size > limits.queue_bytes:
+            wanted = Held(len(works), rows, size)
+            self._check_possible(wanted, terms.course)
+            self._make_room(wanted, terms)
+        priority = terms.priority if 1 <= terms.priority <= limits.priorities else limits.priorities
         now = time.perf_counter_ns()
         for work in works:
             work.parts, work.peer, work.expires, work.arrived = works, terms.peer, expires, now
-            work.course = terms.course
-            work.priority = terms.priority if 1 <= terms.priority <= levels else levels
+            work.course, work.priority = terms.course, priority
             self._queue.push(work)
 
     def _check_possible(self, wanted: Held, course: Course | None) -> None:

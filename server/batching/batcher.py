@@ -47,7 +47,7 @@ class Batcher:
         self._endings = Endings(observer)
         self._admission = Admission(name, limits, self._queue, self._endings, self._end)
         self._pace = Pace()
-        self._forwards = Forwards(name, runs, prepare, limits, self._answer, self._fail, self._look)
+        self._forwards = Forwards(name, runs, prepare, limits, self._answer, self._fail, self._look, self._settle)
         self._loop = asyncio.get_running_loop()
         self._next_look: asyncio.Handle | None = None
         self._delay_over: asyncio.TimerHandle | None = None
@@ -80,8 +80,9 @@ class Batcher:
         self._admission.check_room(rows, peer)
 
     def takes_together(self, rows: int, size: int) -> bool:
-        """Tell whether several requests of so many rows and bytes may be queued as one work, nobody making room."""
-        return not (self._draining or self._limits.preferred) and self._admission.fits(rows, size)
+        """Tell whether requests of so many rows and bytes may be queued as one work: here no row has to run apart."""
+        apart = len(self._forwards) > 1 or self._limits.preferred
+        return not (apart or self._draining) and self._admission.fits(rows, size)
 
     async def submit(self, works: Sequence[Work], terms: Terms = _NOW) -> list[Answer]:
         """Queue the works of one request, all or none, and return their answers in order.
@@ -236,14 +237,14 @@ class Batcher:
                 self._look_soon()
                 return
             now = time.perf_counter_ns()
-            gathered = gather(self._queue, self._limits, self._pace, now, self._hurried)
+            gathered = gather(self._queue, self._limits, self._pace, now, self._hurried, self._forwards.free)
             for work in gathered.dropped:
                 self._end(work.parts, too_late())
             if not gathered.batch:
                 self._look_after_delay(now)
                 break
             if self._start(gathered.batch, now):
-                if self._queue:
+                if self._queue.held.works:
                     self._look_soon()  # it ran on this loop: others come first now
                 break
         self._settle()

@@ -39,8 +39,9 @@ _WARY_NS: Final = 1_000_000_000
 class Forwards:
     """The instances of one model, and the works that run on them.
 
-    `answer` is given what each forward gave, `fail` the works that get no answer with the reason, and `freed` is
-    called when an instance can take the next batch from a thread. `limits` say which batches run on the loop.
+    `answer` is given what each forward gave, `fail` the works that get no answer, and why. `freed` is called when
+    an instance can take the next batch, `over` when the works of one that ran in a thread are told. `limits` say which
+    batches run on the loop.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Forwards:
         answer: Answer,
         fail: Fail,
         freed: Callable[[], None],
+        over: Callable[[], None],
     ) -> None:
         self.running: set[Work] = set()
         self._name = name
@@ -59,6 +61,7 @@ class Forwards:
         self._answer = answer
         self._fail = fail
         self._freed = freed
+        self._over = over
         self._inline_runs = self._wary_until = 0
         self._surprises: deque[int] = deque(maxlen=_MOST_SURPRISES)
         self._alone: set[asyncio.Task[None]] = set()
@@ -72,9 +75,9 @@ class Forwards:
         return len(self._instances)
 
     @property
-    def free(self) -> bool:
-        """Whether an instance waits for a batch."""
-        return bool(self._free)
+    def free(self) -> int:
+        """How many instances wait for a batch."""
+        return len(self._free)
 
     def inline(self, rows: int, requests: int) -> bool:
         """Tell whether a plain forward of so many rows of so many requests would run on the event loop now."""
@@ -98,7 +101,12 @@ class Forwards:
         began = time.perf_counter_ns()
         ran, error = instance.run_here(works)
         self._judge(time.perf_counter_ns() - began)
-        return self._ended(instance, batch, ran, error)
+        if self._goes_on_apart(instance, batch, error):
+            return False
+        self._tell(works, ran, error, batch.reason)
+        self.running.difference_update(works)
+        self._free.append(instance)
+        return True
 
     def _judge(self, took_ns: int) -> None:
         """Leave the loop to others for a while when forwards on it take longer than was measured at the load."""
@@ -126,27 +134,31 @@ class Forwards:
         self._free.clear()
 
     def _ran(self, instance: Instance, batch: Batch, ran: Ran | None, error: Exception | None) -> None:
-        if not self._closed and self._ended(instance, batch, ran, error):
-            self._freed()
-
-    def _ended(self, instance: Instance, batch: Batch, ran: Ran | None, error: Exception | None) -> bool:
-        """Tell the batch's works; return whether the instance is free again.
-
-        When the model raised, the works run again, so that only the culprit fails. A model that breaks its contract
-        does so for every row: the whole batch fails, and nothing is run again.
-        """
-        if error and _separable(batch.works, error):
-            task = asyncio.get_running_loop().create_task(self._apart(instance, batch, error))
-            self._alone.add(task)
-            task.add_done_callback(self._alone.discard)
-            return False
+        """Take what an instance's thread gave. The next batch runs while this one is answered."""
+        if self._closed or self._goes_on_apart(instance, batch, error):
+            return
+        self._free.append(instance)
+        self._freed()
         self._tell(batch.works, ran, error, batch.reason)
-        self._leave(instance, batch)
+        self.running.difference_update(batch.works)
+        self._over()
+
+    def _goes_on_apart(self, instance: Instance, batch: Batch, error: Exception | None) -> bool:
+        """Tell whether the works of a batch run again, because the model raised: so that only the culprit fails.
+
+        A model that breaks its contract does so for every row: the whole batch fails, and nothing is run again.
+        """
+        if error is None or not _separable(batch.works, error):
+            return False
+        task = asyncio.get_running_loop().create_task(self._apart(instance, batch, error))
+        self._alone.add(task)
+        task.add_done_callback(self._alone.discard)
         return True
 
     async def _apart(self, instance: Instance, batch: Batch, error: Exception) -> None:
         await self._again(instance, batch.works, error, batch.reason)
-        self._leave(instance, batch)
+        self.running.difference_update(batch.works)
+        self._free.append(instance)
         self._freed()
 
     async def _again(self, instance: Instance, works: Sequence[Work], error: Exception, reason: Reason) -> None:
@@ -178,10 +190,6 @@ class Forwards:
             except Exception as raised:
                 logger.exception("the batcher of model %s failed", self._name)
                 self._fail(works, raised)
-
-    def _leave(self, instance: Instance, batch: Batch) -> None:
-        self.running.difference_update(batch.works)
-        self._free.append(instance)
 
 
 def _separable(works: Sequence[Work], error: Exception) -> bool:

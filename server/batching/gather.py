@@ -28,12 +28,13 @@ class Gathered:
     dropped: list[Work] = field(default_factory=list)
 
 
-def gather(queue: Queue, limits: Limits, pace: Pace, now: int, draining: bool) -> Gathered:
-    """Take the next batch out of the queue.
+def gather(queue: Queue, limits: Limits, pace: Pace, now: int, draining: bool, free: int = 1) -> Gathered:
+    """Take the next batch out of the queue, for one of `free` instances that wait for one.
 
     A group may run once its oldest work has waited for the delay, once it fills a batch, once it can make exactly a
     preferred number of rows or more than the largest, and always while draining. Of those that may, the highest
-    priority goes first, then the peer whose turn it is, then its oldest work.
+    priority goes first, then the peer whose turn it is, then its oldest work. What came together is shared out: with
+    two instances free, half of it runs on each.
     """
     dropped: list[Work] = []
     until = now if draining else now - limits.delay_ns
@@ -46,6 +47,8 @@ def gather(queue: Queue, limits: Limits, pace: Pace, now: int, draining: bool) -
                 break
             batch = _close(queue, limits, lead, Batch(works, rows, "full"), until, draining)
             if batch:
+                if free > 1 and (draining or lead.arrived <= until) and not limits.preferred:
+                    batch = _share(batch, queue.group_rows(lead.key), free)
                 queue.take(batch.works)
                 return Gathered(batch, dropped)
         else:
@@ -68,6 +71,18 @@ def _close(queue: Queue, limits: Limits, lead: Work, found: Batch, until: int, d
     if lead.arrived <= until:
         return found._replace(reason="timeout" if limits.max_delay else "idle")
     return None
+
+
+def _share(found: Batch, waiting: int, free: int) -> Batch:
+    """Return what one of the free instances runs when each is to have its part of the group's rows that wait."""
+    part, rows = -(-waiting // free), 0
+    if part >= found.rows:
+        return found
+    for count, work in enumerate(found.works, 1):
+        rows += work.rows
+        if rows >= part:
+            return found if rows == found.rows else Batch(found.works[:count], rows, "idle")
+    return found
 
 
 def _preferred(works: list[Work], sizes: tuple[int, ...]) -> Batch | None:

@@ -60,9 +60,12 @@ class Execution:
 
 def executed(works: Sequence[Work], rows: int, reason: Reason, compute_ns: int) -> Execution:
     """Return what is to be said of a batch of `works`, of `rows` rows together."""
-    tokens = sum(work.rows * work.length for work in works)
-    padding = rows * max(work.length for work in works) - tokens
-    return Execution(rows, reason, compute_ns, tokens, padding)
+    tokens = longest = 0
+    for work in works:
+        if work.length:
+            tokens += work.rows * work.length
+            longest = max(longest, work.length)
+    return Execution(rows, reason, compute_ns, tokens, rows * longest - tokens)
 
 
 class Observer(Protocol):

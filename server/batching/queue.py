@@ -23,13 +23,6 @@ class Held:
     bytes: int = 0
     requests: int = 0
 
-    def add(self, work: Work, sign: int = 1) -> None:
-        """Count `work` in, or out with a `sign` of -1."""
-        self.works += sign
-        self.rows += sign * work.rows
-        self.bytes += sign * work.bytes
-        self.requests += sign * work.requests
-
 
 @dataclass(slots=True)
 class _Level:
@@ -63,37 +56,53 @@ class Queue:
 
     def push(self, work: Work) -> None:
         """Append `work` to its peer's line."""
-        if work.priority not in self._levels:
-            self._levels[work.priority] = _Level()
-            self._levels = dict(sorted(self._levels.items()))
-        level = self._levels[work.priority]
-        for lines in (level.peers, level.groups[work.key]):
-            if work.peer in lines:
-                lines[work.peer][work] = None
+        level = self._levels.get(work.priority) or self._new_level(work.priority)
+        peer, key, rows, requests = work.peer, work.key, work.rows, work.requests
+        for lines in (level.peers, level.groups[key]):
+            line = lines.get(peer)
+            if line is None:
+                lines[peer] = OrderedDict({work: None})
             else:
-                lines[work.peer] = OrderedDict({work: None})
+                line[work] = None
         self._order[work] = None
-        self.held.add(work)
-        self.peers[work.peer].add(work)
-        self._count(work.key, work.rows)
+        for held in (self.held, self.peers[peer]):
+            held.works += 1
+            held.rows += rows
+            held.bytes += work.bytes
+            held.requests += requests
+        total = self._group_rows[key] = self._group_rows.get(key, 0) + rows
+        if total >= self._ripe:
+            self._ripe_keys.add(key)
 
     def discard(self, work: Work) -> bool:
         """Take `work` out, wherever it stands; tell whether it was there."""
         if work not in self._order:
             return False
         del self._order[work]
+        peer, key, rows, requests = work.peer, work.key, work.rows, work.requests
         level = self._levels[work.priority]
-        _shrink(level.peers, work)
-        group = level.groups[work.key]
-        _shrink(group, work)
+        group, own = level.groups[key], self.peers[peer]
+        for lines in (level.peers, group):
+            line = lines[peer]
+            del line[work]
+            if not line:
+                del lines[peer]
         if not group:
-            del level.groups[work.key]
-        self.held.add(work, -1)
-        peer = self.peers[work.peer]
-        peer.add(work, -1)
-        if not peer.works:
-            del self.peers[work.peer]
-        self._count(work.key, -work.rows)
+            del level.groups[key]
+        for held in (self.held, own):
+            held.works -= 1
+            held.rows -= rows
+            held.bytes -= work.bytes
+            held.requests -= requests
+        if not own.works:
+            del self.peers[peer]
+        total = self._group_rows[key] - rows
+        if total:
+            self._group_rows[key] = total
+        else:
+            del self._group_rows[key]
+        if total < self._ripe:
+            self._ripe_keys.discard(key)
         return True
 
     def oldest(self) -> Work | None:
@@ -145,6 +154,10 @@ class Queue:
                 continue
             if priority == lead.priority:
                 lines.move_to_end(lead.peer, last=False)
+            if len(lines) == 1:
+                (only,) = lines.values()
+                rows = _append(works, rows, only, limit)
+                continue
             fresh, again = iter(lines.values()), deque[Iterator[Work]]()
             while rows < limit:
                 line = next(fresh, None)
@@ -160,27 +173,37 @@ class Queue:
 
     def take(self, works: list[Work]) -> None:
         """Take `works` out to be run: their peers go to the end of the turns."""
+        if len(works) == len(self._order):
+            self._clear()
+            return
         for work in works:
             self.discard(work)
             level = self._levels[work.priority]
             if work.peer in level.peers:
                 level.peers.move_to_end(work.peer)
-            if work.peer in level.groups.get(work.key, ()):
-                level.groups[work.key].move_to_end(work.peer)
+                if work.peer in level.groups.get(work.key, ()):
+                    level.groups[work.key].move_to_end(work.peer)
 
-    def _count(self, key: Hashable, rows: int) -> None:
-        total = self._group_rows.get(key, 0) + rows
-        if total:
-            self._group_rows[key] = total
-        else:
-            del self._group_rows[key]
-        if total >= self._ripe:
-            self._ripe_keys.add(key)
-        else:
-            self._ripe_keys.discard(key)
+    def _clear(self) -> None:
+        """Take everything out, at once: most batches take all that waits."""
+        for level in self._levels.values():
+            level.peers.clear()
+            level.groups.clear()
+        for kept in (self._order, self._group_rows, self._ripe_keys, self.peers):
+            kept.clear()
+        self.held.works = self.held.rows = self.held.bytes = 0
+
+    def _new_level(self, priority: int) -> _Level:
+        level = self._levels[priority] = _Level()
+        self._levels = dict(sorted(self._levels.items()))
+        return level
 
 
-def _shrink(lines: OrderedDict[str, _Line], work: Work) -> None:
-    del lines[work.peer][work]
-    if not lines[work.peer]:
-        del lines[work.peer]
+def _append(works: list[Work], rows: int, line: _Line, limit: int) -> int:
+    """Append the works of a line that has no other beside it; return the rows of all `works` then."""
+    for work in line:
+        if works and rows + work.rows > limit:
+            break
+        works.append(work)
+        rows += work.rows
+    return rows

@@ -135,6 +135,7 @@ class Answering:
         self._repository = repository
         self._metrics = metrics
         self.max_bytes = max_bytes
+        self.ready_model = repository.ready_model
 
     def find(self, name: str, version: str, kind: Kind) -> ServedModel:
         """Return the model that answers; a request for one that does not is counted as unknown."""
@@ -143,10 +144,6 @@ class Answering:
         except ServingError as error:
             self._metrics.requests.labels(UNKNOWN, UNKNOWN, kind, error.code.name).inc()
             raise
-
-    def ready_model(self, name: str, version: str) -> ServedModel | None:
-        """Return the model that answers, None where `find` raises; nothing is counted."""
-        return self._repository.ready_model(name, version)
 
     def counted(self, model: ServedModel, kind: Kind, late: float = math.inf) -> "Counting":
         """Count the request that the body answers, by its end: answered, refused, failed or abandoned.

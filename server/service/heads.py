@@ -85,10 +85,8 @@ class Heads:
         if model is None:
             return None
         form, marks = found
-        if len(marks) == 1:
-            return Known(model, form, id_field, (raw[at:],))
-        contents = _contents(raw, at, form.sizes, marks)
-        return Known(model, form, id_field, contents) if contents else None
+        contents = (raw[at:],) if len(marks) == 1 else _contents(raw, at, form.sizes, marks)
+        return Known(model, form, id_field, contents) if tuple(map(len, contents)) == form.sizes else None
 
     def learn(self, raw: bytes, request: ModelInferRequest, model: ServedModel, form: Form) -> None:
         """Remember what stands before the values of `raw`, which `request` was parsed from; if it is in order."""
@@ -138,12 +136,15 @@ def _whole(raw: bytes, named: int, described: int, middle: bytes, request: Model
     )
 
 
-def _contents(raw: bytes, at: int, sizes: Sequence[int], marks: Sequence[bytes]) -> Sequence[bytes] | None:
-    """Return the inputs' bytes, of which the first begins at `at`; None when another mark than known stands between."""
+def _contents(raw: bytes, at: int, sizes: Sequence[int], marks: Sequence[bytes]) -> Sequence[bytes]:
+    """Return the inputs' bytes, of which the first begins at `at`, and last what follows if anything does.
+
+    Nothing when another mark than is known stands between them.
+    """
     found = []
     for size, before in zip(sizes, (b"", *marks[1:]), strict=True):
         if not raw.startswith(before, at):
-            return None
+            return ()
         at += len(before) + size
         found.append(raw[at - size : at])
-    return found
+    return found if at == len(raw) else (*found, raw[at:])

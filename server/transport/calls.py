@@ -81,8 +81,7 @@ class ShortCall:
 
     def answered(self, content: bytes) -> None:
         """Tell the answer."""
-        self._counted.sent.inc()
-        self._counted.ended(grpc.StatusCode.OK, self._start)
+        self._counted.answered(self._start)
         self._tell(content, None)
 
     def failed(self, error: Exception) -> None:
@@ -129,6 +128,7 @@ class UnaryRpc:
             late = late_from(due, loop.time())
             future: asyncio.Future[bytes | Reply] = loop.create_future()
             if begun := self.begin(raw, due, context.peer(), partial(_settle, future)):
+                del raw  # what the rows need of it was taken
                 return await self._short_end(begun, future, late, context)
         body = self._body(raw, context)
         del raw  # which an error would keep

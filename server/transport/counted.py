@@ -30,6 +30,7 @@ class Counted:
         self._started = metrics.rpc_started.labels(*labels)
         self._duration = metrics.rpc_duration.labels(*labels)
         self._handled = {code: metrics.rpc_handled.labels(*labels, code.name) for code in grpc.StatusCode}
+        self._ok = self._handled[grpc.StatusCode.OK]
 
     async def run(self, body: Awaitable[T], context: Context) -> T:
         """Await `body` and return what it returns; its error ends the call with a status and trailers."""
@@ -57,6 +58,12 @@ class Counted:
         """Count a call and return when it began."""
         self._started.inc()
         return time.perf_counter()
+
+    def answered(self, start: float) -> None:
+        """Count the answer to a call of one message, which began at `start`, and its end."""
+        self.sent.inc()
+        self._ok.inc()
+        self._duration.observe(time.perf_counter() - start)
 
     def ended(self, code: grpc.StatusCode, start: float) -> None:
         """Count the end of a call that began at `start`."""

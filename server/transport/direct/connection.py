@@ -109,8 +109,8 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """The peer has read."""
-        self._sending.paused = False
-        if not self._transport.is_closing():
+        if not self.deaf and not self._transport.is_closing():
+            self._sending.paused = False
             self._transport.resume_reading()
             self._sending.flush()
 
@@ -118,6 +118,7 @@ class Connection(asyncio.Protocol):
         """End every call: nobody is there to be answered."""
         self.deaf = True
         self._clock.cancel()
+        self._sending.close()
         self._abandon_all()
         self._owner.lost(self)
 
@@ -258,7 +259,8 @@ class Connection(asyncio.Protocol):
         self._abandon(stream)
 
     def _send_reset(self, number: int, code: Code) -> None:
-        self._transport.write(frame(frames.RST_STREAM, 0, number, number_bytes(code)))
+        if not self.deaf:
+            self._transport.write(frame(frames.RST_STREAM, 0, number, number_bytes(code)))
 
     def _abandon(self, stream: Stream) -> None:
         """End a call that nobody waits for; until its handler, if it has one, has ended too, it counts as one."""
@@ -297,6 +299,7 @@ class Connection(asyncio.Protocol):
     def _turn_out(self) -> None:
         """Close once all is written, or soon."""
         self._sending.flush_answers()
+        self._sending.close()
         self.deaf = True
         self._clock.cancel()
         self._clock = self._loop.call_later(_LINGER_SECONDS, self._transport.abort)

@@ -129,6 +129,13 @@ class Sending:
         self._crowded.pop(stream, None)
         self._stuck.discard(stream)
 
+    def close(self) -> None:
+        """Send nothing more: the connection, gone or ended on our side, does not take it."""
+        self.paused = True
+        self._answers.clear()
+        if self._soon:
+            self._soon.cancel()
+
     def flush(self) -> None:
         """Send what the peer allows, a frame of each stream in turn."""
         while not self.paused and (stream := self._next()):
