@@ -191,7 +191,7 @@ class Queue:
             level.groups.clear()
         for kept in (self._order, self._group_rows, self._ripe_keys, self.peers):
             kept.clear()
-        self.held.works = self.held.rows = self.held.bytes = 0
+        self.held.works = self.held.rows = self.held.bytes = self.held.requests = 0
 
     def _new_level(self, priority: int) -> _Level:
         level = self._levels[priority] = _Level()
