@@ -48,7 +48,7 @@ _WAITING_THREADS: Final = 4
 """Threads beside those that compute, for what waits for a disk or for another thread."""
 
 _SWITCH_SECONDS: Final = 0.00005
-"""How long the event loop may keep Python's lock from a thread that waits for it. A thread that begins or ends a forward
+"""How long the event loop may keep Python's lock from a thread that waits for it. One that begins or ends a forward
 takes it for a moment; by default it waits up to 5 ms, in which the processors compute nothing."""
 
 _CLOSING_SECONDS: Final = 0.5

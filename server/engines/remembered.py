@@ -22,7 +22,7 @@ from layercast.server.engines.timing import Costs
 
 logger = logging.getLogger(__name__)
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _MOST: Final = 512
 """Files that are kept; the oldest go."""
 

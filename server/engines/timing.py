@@ -27,6 +27,10 @@ _WARM: Final = 3
 _HOPELESS: Final = 5.0
 _CROWDED: Final = 1.2
 _LONG: Final = 0.001
+_OTHERS: Final = 2
+"""What the processors' time is worth to others, against a batch's own duration: while it runs, the event loop answers
+the last one and reads the next, and threads that share a forward wait for each other longer the busier it is."""
+
 _EXTRA: Final = 0.2
 """By how much the logarithms of costs must fall for an engine beside the main one: a fifth of one bucket's cost."""
 
@@ -66,8 +70,8 @@ def fastest(
 ) -> tuple[Choice, Costs]:
     """Time `runs` on every bucket and return the choice, and what it rests on.
 
-    A batch costs its duration and the share of the `processors` that it took, which other models and the event loop
-    would have had: two threads that halve a duration are worth it, two that save a tenth of it are not.
+    A batch costs its duration and, twice, the share of the `processors` that it took, which other models and the event
+    loop would have had: two threads that halve a duration are worth it, two that save a fourth of it are not.
     """
     costs: Costs = {}
     for length in buckets.lengths:
@@ -131,7 +135,7 @@ def _costs(readings: Mapping[Candidate, list[Instant]], processors: int) -> dict
     several = any(candidate.threads > 1 for candidate in readings)
     busy = several and bool(alone) and statistics.median(alone) > _CROWDED and min(typical.values()) > _LONG
     return {
-        candidate: (cpu / candidate.threads if busy else _least(readings[candidate])) + cpu / processors
+        candidate: (cpu / candidate.threads if busy else _least(readings[candidate])) + _OTHERS * cpu / processors
         for candidate, cpu in typical.items()
     }
 

@@ -26,12 +26,12 @@ class Calm:
         """Something useful was done."""
         self._left = min(_MOST, self._left + many)
 
-    def spend(self) -> None:
-        """A frame came that does nothing; ConnectionFault when there were too many."""
-        self._left -= 1
+    def spend(self, many: int = 1) -> None:
+        """A frame came that does nothing, or costs as much as so many; ConnectionFault when there were too many."""
+        self._left -= many
         if self._left < 0:
             now = time.monotonic()
-            self._left = min(_MOST, int((now - self._filled) * _PER_SECOND)) - 1
+            self._left = min(_MOST, int((now - self._filled) * _PER_SECOND)) - many
             self._filled = now
             if self._left < 0:
                 raise ConnectionFault(Code.ENHANCE_YOUR_CALM, "too many pings, resets or other frames without a call")

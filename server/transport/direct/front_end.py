@@ -68,6 +68,7 @@ class DirectFrontEnd(FrontEnd):
             await self._left(_CUT_OFF_SECONDS)
         for connection in list(self._connections):
             connection.abort()
+        await self._left(_CUT_OFF_SECONDS)
 
     def opened(self, connection: Connection) -> None:
         """A connection is there."""

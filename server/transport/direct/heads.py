@@ -8,6 +8,7 @@ from typing import Final
 import grpc
 from hpack import Decoder, HPACKError, OversizedHeaderListError
 
+from layercast.server.transport.direct.calm import Calm
 from layercast.server.transport.direct.frames import Code, ConnectionFault
 from layercast.server.transport.framing import status_headers
 from layercast.server.transport.rpc_call import HEADERS, is_rpc
@@ -26,6 +27,9 @@ _TOO_MUCH: Final = (
 )
 _MOST_KEPT: Final = 64
 _LONGEST_KEPT: Final = 4096
+_MANY: Final = 64
+_PER_WASTED: Final = 8
+"""Fields that cost as much as a frame that does nothing."""
 NO_TABLE: Final = b"\x20"
 """What begins a block whose sender keeps no table from now on."""
 
@@ -107,7 +111,8 @@ class Heads:
     bytes meant is kept as long as the table stays as it is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, calm: Calm) -> None:
+        self._calm = calm
         self._decoder = Decoder(max_header_list_size=_BOMB)
         self._known: dict[bytes, Head] = {}
 
@@ -119,12 +124,15 @@ class Heads:
         table = self._decoder.header_table.dynamic_entries
         before = table[0] if table else None, len(table)
         try:
-            fields = self._decoder.decode(block, raw=True)
+            fields = [(bytes(name), bytes(value)) for name, value in self._decoder.decode(block, raw=True)]
         except OversizedHeaderListError as error:
             raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"headers of more than {MAX_LIST:,} bytes") from error
         except (HPACKError, IndexError, ValueError) as error:
             raise ConnectionFault(Code.COMPRESSION_ERROR, "a header block can't be decoded") from error
-        head = Head([(bytes(name), bytes(value)) for name, value in fields])
+        # Some microseconds for each, of which a peer may ask for thousands with a byte each.
+        if len(fields) > _MANY:
+            self._calm.spend(len(fields) // _PER_WASTED)
+        head = Head(fields)
         # What is put into the table comes first there, as a new object. How much may be put there can't be seen in it.
         changed = before != (table[0] if table else None, len(table)) or (table and table[0] is not before[0])
         if changed or _resizes(block):

@@ -54,7 +54,7 @@ class Reader:
         self.greeted = False
         self._hearer = hearer
         self._calm = calm
-        self._heads = Heads()
+        self._heads = Heads(calm)
         self._rest = b""
         self._block: tuple[int, int, bytearray] | None = None
         self._kinds: dict[int, Callable[[int, int, bytes], None]] = {
