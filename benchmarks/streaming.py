@@ -1,6 +1,6 @@
 """What a stream gains over single calls, for single rows of mnist: two Python clients, and the server alone.
 
-    python benchmarks/streaming.py [--rounds 3] [--rows 2000] [--json FILE]
+    python benchmarks/streaming.py [--rounds 3] [--rows 2000] [--front-end direct] [--json FILE]
 
 Server and client are processes of one machine. The ways of asking take turns, so that what else runs there hits all of
 them; a ratio is the median of the rounds' own. Every answer of the clients is held against one batch's. With h2load,
@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=2000, help="of one measurement")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where the exported zoo is kept")
+    parser.add_argument("--front-end", default="direct", choices=("direct", "grpcio"))
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -61,8 +62,8 @@ def main() -> int:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ports = ["--grpc-port", str(port), "--http-port", "0", "--metrics-port", "0"]
-        command = [sys.executable, "-m", "layercast.server", "serve", "--repository", folder, *ports]
+        options = ["--grpc-port", str(port), "--http-port", "0", "--metrics-port", "0", "--front-end", args.front_end]
+        command = [sys.executable, "-m", "layercast.server", "serve", "--repository", folder, *options]
         with started(Server("layercast", command, port)) as (_, process, _):
             rounds = [_round(port, process.pid, args.rows) for _ in range(args.rounds)]
     print(_table(rounds))

@@ -78,10 +78,10 @@ class Spread:
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        """Count `value`, 0 or greater."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count `value`, 0 or greater, so many times."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
 
     def samples(self) -> Iterable[Sample]:
         """Yield what a scrape sees."""

@@ -56,6 +56,10 @@ class Unavailable(ServingError):
     retry = 1.0
 
 
+class Evicted(Unavailable):
+    """The queue is full, and the rows made room for another caller's."""
+
+
 class ResourceExhausted(ServingError):
     """The answer, or the memory it takes, is over a limit. A retry will not help; a smaller request will."""
 

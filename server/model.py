@@ -119,14 +119,14 @@ class ServedModel:
         self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, prepare)
         self.streams = OpenStreams(self.manifest.name, loaded.limits.queue_bytes, monitor)
 
-    def hold(self) -> None:
-        """Keep the model, which a newer one may replace meanwhile, until `let_go`, which must follow."""
-        self._holders += 1
+    def hold(self, many: int = 1) -> None:
+        """Keep the model, which a newer one may replace meanwhile, until `let_go` of as many, which must follow."""
+        self._holders += many
         self._free.clear()
 
-    def let_go(self) -> None:
+    def let_go(self, many: int = 1) -> None:
         """End what `hold` began."""
-        self._holders -= 1
+        self._holders -= many
         if not self._holders:
             self._free.set()
 
@@ -168,6 +168,10 @@ class ServedModel:
     def group(self, inputs: Mapping[str, Array]) -> Group:
         """Return what inputs of these shapes have in common in the queue, when only the outputs are asked for."""
         return self._group(inputs, self._dynamic_outputs)
+
+    def takes_together(self, rows: int, size: int) -> bool:
+        """Tell whether plain requests of one group, of so many rows and bytes, may be queued as one work."""
+        return self._batching and rows <= self.loaded.settings.max_batch and self.batcher.takes_together(rows, size)
 
     def enqueue(self, inputs: Mapping[str, Array], rows: int, group: Group, terms: Terms, asker: Asker) -> Waiting:
         """Queue rows for the model's outputs, no more than the largest batch, to be answered through `asker`."""

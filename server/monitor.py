@@ -28,9 +28,9 @@ class Duration:
     ns: int = 0
 
     def add(self, ns: int, count: int = 1) -> None:
-        """Count one more."""
+        """Count one more, or so many of this length."""
         self.count += count
-        self.ns += ns
+        self.ns += ns * count
 
 
 @dataclass
@@ -90,9 +90,9 @@ class ModelMonitor:
         self._queue_rows.set(rows)
         self._queue_bytes.set(size)
 
-    def waited(self, seconds: float) -> None:
-        """A work left the queue to be run, after so long."""
-        self._queue_duration.observe(seconds)
+    def waited(self, seconds: float, requests: int) -> None:
+        """A work, of so many requests, left the queue to be run after so long."""
+        self._queue_duration.observe(seconds, requests)
 
     def executed(self, execution: Execution) -> None:
         """One forward ran and gave what it should."""
@@ -152,16 +152,18 @@ class ModelMonitor:
         """A request was answered with layers changed as it said."""
         self._steered.inc()
 
-    def succeeded(self, kind: Kind, total: int, decode: int, queue: int, compute: int, encode: int) -> None:
-        """A request was answered. Where its time went is in nanoseconds."""
-        self._answered[kind].inc()
-        self._request_duration[kind].observe(total / 1e9)
+    def succeeded(
+        self, kind: Kind, total: int, decode: int, queue: int, compute: int, encode: int, many: int = 1
+    ) -> None:
+        """A request, or so many of them, were answered. Where the time of each went is in nanoseconds."""
+        self._answered[kind].inc(many)
+        self._request_duration[kind].observe(total / 1e9, many)
         statistics = self.statistics
-        statistics.success.add(total)
-        statistics.queue.add(queue)
-        statistics.compute_input.add(decode)
-        statistics.compute_infer.add(compute)
-        statistics.compute_output.add(encode)
+        statistics.success.add(total, many)
+        statistics.queue.add(queue, many)
+        statistics.compute_input.add(decode, many)
+        statistics.compute_infer.add(compute, many)
+        statistics.compute_output.add(encode, many)
 
     def failed(self, kind: Kind, code: str, total_ns: int) -> None:
         """A request ended with an error."""

@@ -42,11 +42,13 @@ class Course:
     """What the parts of one request have in common that are queued one after the other, not all at once.
 
     `admitted` is set once the first is queued: the others are part of what was admitted. `counted` is set once the
-    request's end is counted, or is not to be: the parts that end with it are not counted again.
+    request's end is counted, or is not to be: the parts that end with it are not counted again. Or else, what the
+    `requests` have in common that are queued as one work, and end together.
     """
 
     admitted: bool = False
     counted: bool = False
+    requests: int = 1
 
 
 @dataclass(slots=True)
@@ -118,6 +120,11 @@ class Work:
     expires: int | None = None
     arrived: int = 0
     started: int = 0
+
+    @property
+    def requests(self) -> int:
+        """How many requests the rows belong to."""
+        return self.course.requests if self.course else 1
 
     def alive(self, now: int) -> bool:
         """Tell whether somebody still waits for the answer."""

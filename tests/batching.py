@@ -36,7 +36,7 @@ class Recorder:
     def queued(self, rows: int, size: int) -> None:
         self.waiting, self.bytes = rows, size
 
-    def waited(self, seconds: float) -> None:
+    def waited(self, seconds: float, requests: int) -> None:
         assert seconds >= 0
         self.waits.append(seconds)
 

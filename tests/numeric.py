@@ -53,6 +53,7 @@ class Model:
     inputs: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=lambda: [("x", "FP32", (-1,))])
     outputs: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=lambda: [("y", "FP32", (-1,))])
     labels: tuple[str, ...] = ()
+    range: tuple[float, float] | None = None
     version: int = 1
     settings: ModelSettings = field(default_factory=lambda: ModelSettings(max_batch=16, max_delay_ms=0))
 
@@ -130,7 +131,7 @@ class Server:
             name=name,
             version=model.version,
             architecture="numpy",
-            inputs=tuple(TensorSpec(name=n, datatype=d, shape=(-1, *s)) for n, d, s in model.inputs),
+            inputs=tuple(TensorSpec(name=n, datatype=d, shape=(-1, *s), range=model.range) for n, d, s in model.inputs),
             outputs=tuple(TensorSpec(name=n, datatype=d, shape=(-1, *s)) for n, d, s in model.outputs),
             labels=model.labels,
             files={"weights.safetensors": _ENTRY, "golden.safetensors": _ENTRY},

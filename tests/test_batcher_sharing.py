@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 from batching import LONG, Held, ask, asking, batching, negate, until
 
-from layercast.server.errors import Unavailable
+from layercast.server.errors import Evicted, Unavailable
 from layercast.server.work import Rows, Work
 
 # Sizes of requests that wait, and the batches that leave at once; preferred sizes 2 and 6, at most 8 rows, and a delay
@@ -100,7 +100,7 @@ async def test_a_full_queue_still_takes_a_peer_that_holds_less_than_its_share():
             await ask(batcher, 10, peer="greedy")
         small = [asking(batcher, 100 + i, peer="small") for i in range(6)]
         refused = await asyncio.gather(*greedy[5:], small[5], return_exceptions=True)
-        assert [type(error) for error in refused] == [Unavailable] * 6
+        assert [type(error) for error in refused] == [Evicted] * 5 + [Unavailable]
         assert ["made room for another's" in error.message for error in refused] == [True] * 5 + [False]
         assert all(error.retry_after for error in refused)
         assert recorder.waiting == 10
@@ -120,7 +120,7 @@ async def test_shares_hold_for_bytes_too_and_nobody_is_turned_out_for_a_request_
         assert recorder.bytes == 40
         small = asking(batcher, *range(3), peer="small")
         ended = await asyncio.gather(*greedy[3:], return_exceptions=True)
-        assert [type(error) for error in ended] == [Unavailable] * 2
+        assert [type(error) for error in ended] == [Evicted] * 2
         batcher.release()
         assert await asyncio.gather(small, *greedy[:3]) == [[0, -1, -2], [0, 0], [-1, -1], [-2, -2]]
 

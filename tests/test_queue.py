@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from layercast.server.batching.queue import Queue
+from layercast.server.batching.queue import Held, Queue
 from layercast.server.work import Work
 
 Make = Callable[..., Work]
@@ -33,13 +33,13 @@ def filled(works: list[Work], ripe: int = 8) -> Queue:
 def test_takes_in_order_of_arrival_up_to_the_limit(make):
     works = [make(3), make(4), make(2)]
     queue = filled(works)
-    assert (queue.held.works, queue.held.rows, queue.held.bytes) == (3, 9, 36)
+    assert queue.held == Held(works=3, rows=9, bytes=36, requests=3)
     assert queue.batch(works[0], 7) == works[:2]
     queue.take(works[:2])
     assert queue.held.rows == 2
     assert queue.batch(works[2], 7) == works[2:]
     queue.take(works[2:])
-    assert (queue.held.works, queue.held.rows, queue.held.bytes) == (0, 0, 0)
+    assert queue.held == Held()
     assert queue.oldest() is None
     assert queue.peers == {}
 

@@ -11,7 +11,7 @@ from test_server_inference import values_of, wait_until
 
 from layercast.proto.messages import ModelInferRequest, ServerLiveRequest
 from layercast.proto.rpc import INFERENCE
-from layercast.server.service import streaming
+from layercast.server.service import flight
 from layercast.server.settings import ModelSettings
 
 PATH = INFERENCE["ModelStreamInfer"].path
@@ -71,7 +71,7 @@ def test_requests_of_one_stream_run_together(served):
 
 
 def test_no_more_than_the_bound_is_read_ahead(served, monkeypatch):
-    monkeypatch.setattr(streaming, "MAX_IN_FLIGHT", 5)
+    monkeypatch.setattr(flight, "MAX_IN_FLIGHT", 5)
     served.on_loop(batcher(served, "same").hold)
     answers = served.stream(numbered(range(20)))
     wait_until(served, lambda: batcher(served, "same").queued_rows == 5)
@@ -92,9 +92,17 @@ def test_large_requests_are_bounded_by_bytes(served):
     assert [values_of(answer.infer_response)[0, 0] for answer in answers] == [0, 1, 2]
 
 
-def test_what_is_sent_far_ahead_is_started_together(served, monkeypatch):
+@pytest.fixture(scope="module")
+def one_by_one():
+    """A server whose front end hands over one message at a time."""
+    with numeric({"same": Model(identity)}, front_end="grpcio") as server:
+        yield server
+
+
+def test_what_is_sent_far_ahead_is_started_together(one_by_one, monkeypatch):
     """Sixteen at once, then 32 together; the rest, for which no more come, when those before it are answered."""
-    monkeypatch.setattr(streaming, "_GATHER_SECONDS", 60)
+    served = one_by_one
+    monkeypatch.setattr(flight, "_GATHER_SECONDS", 60)
     served.on_loop(batcher(served, "same").hold)
     sent: queue.Queue[ModelInferRequest | None] = queue.Queue()
     answers = served.stream(iter(sent.get, None))
@@ -109,7 +117,8 @@ def test_what_is_sent_far_ahead_is_started_together(served, monkeypatch):
     assert list(answers) == []
 
 
-def test_what_is_gathered_waits_no_longer_than_a_moment(served):
+def test_what_is_gathered_waits_no_longer_than_a_moment(one_by_one):
+    served = one_by_one
     served.on_loop(batcher(served, "same").hold)
     sent: queue.Queue[ModelInferRequest | None] = queue.Queue()
     answers = served.stream(iter(sent.get, None))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from layercast.server.batching.endings import Endings
 from layercast.server.batching.policy import Limits
 from layercast.server.batching.queue import Held, Queue
-from layercast.server.errors import InvalidArgument, ServingError, Unavailable
+from layercast.server.errors import Evicted, InvalidArgument, ServingError, Unavailable
 from layercast.server.work import Course, Terms, Work
 
 RETRY_SECONDS = 0.1
@@ -64,6 +64,10 @@ class Admission:
                 f"send them in several requests"
             )
 
+    def fits(self, rows: int, size: int) -> bool:
+        """Tell whether there is room for so many rows and bytes."""
+        return not (self._lacks_rows(wanted := Held(1, rows, size)) or self._lacks_bytes(wanted))
+
     def check_room(self, rows: int, peer: str) -> None:
         """Raise Unavailable when a request of so many rows is sure to be refused as things stand."""
         if self._queue.held.rows + rows > self._limits.queue_rows >= rows > 0:
@@ -97,10 +101,11 @@ class Admission:
 
     def _evict(self, peer: str) -> None:
         newest = self._queue.newest(peer)
-        self._endings.rejected("queue_full", newest.course)
+        # Of several requests, queued as one work, one ends; the others are queued again, where they were: last.
+        self._endings.rejected("queue_full", newest.course if newest.requests == 1 else None)
         self._end(
             newest.parts,
-            Unavailable(
+            Evicted(
                 f"the queue of model {self._name!r} is full and this caller holds most of it: "
                 f"the rows made room for another's; try again shortly, or send fewer at a time",
                 retry_after=RETRY_SECONDS,

@@ -79,6 +79,11 @@ class Batcher:
         """Raise Unavailable when `submit` is sure to for so many rows of `peer`: before any work is spent on them."""
         self._admission.check_room(rows, peer)
 
+    def takes_together(self, rows: int, size: int) -> bool:
+        """Tell whether requests of so many rows and bytes may be queued as one work: here no row has to run apart."""
+        apart = len(self._forwards) > 1 or self._limits.preferred
+        return not (apart or self._draining) and self._admission.fits(rows, size)
+
     async def submit(self, works: Sequence[Work], terms: Terms = _NOW) -> list[Answer]:
         """Queue the works of one request, all or none, and return their answers in order.
 
@@ -258,7 +263,7 @@ class Batcher:
             and not (self._hurried or self._limits.max_delay)
             and held.rows < self._limits.max_batch
             and self._patience.here
-            and self._forwards.inline(held.rows, held.works)
+            and self._forwards.inline(held.rows, held.requests)
             and self._patience.lasts(oldest.arrived)
         )
 
@@ -268,7 +273,7 @@ class Batcher:
         self._observer.queued(held.rows, held.bytes)
         for work in batch.works:
             work.started = now
-            self._observer.waited((now - work.arrived) / 1e9)
+            self._observer.waited((now - work.arrived) / 1e9, work.requests)
         return self._forwards.start(batch, here=self._patience.here)
 
     def _look_after_delay(self, now: int) -> None:

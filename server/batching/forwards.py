@@ -79,10 +79,10 @@ class Forwards:
         """How many instances wait for a batch."""
         return len(self._free)
 
-    def inline(self, rows: int, works: int) -> bool:
+    def inline(self, rows: int, requests: int) -> bool:
         """Tell whether a plain forward of so many rows of so many requests would run on the event loop now."""
         limits = self._limits
-        most = limits.inline_single_rows if rows == works else limits.inline_rows
+        most = limits.inline_single_rows if rows == requests else limits.inline_rows
         return rows <= max(most, limits.inline_rows) and (
             not self._wary_until or time.perf_counter_ns() >= self._wary_until
         )
@@ -94,7 +94,8 @@ class Forwards:
         """
         instance, works = self._free.pop(), batch.works
         self.running.update(works)
-        if not here or not self.inline(batch.rows, len(works)) or any(work.taps or work.edits for work in works):
+        short = here and self.inline(batch.rows, sum(work.requests for work in works))
+        if not short or any(work.taps or work.edits for work in works):
             instance.start(works, partial(self._ran, instance, batch))
             return False
         began = time.perf_counter_ns()

@@ -74,8 +74,8 @@ class Observer(Protocol):
     def queued(self, rows: int, size: int) -> None:
         """So many rows, of so many bytes, wait now."""
 
-    def waited(self, seconds: float) -> None:
-        """A work left the queue to be run, after so long."""
+    def waited(self, seconds: float, requests: int) -> None:
+        """A work, of so many requests, left the queue to be run after so long."""
 
     def executed(self, execution: Execution) -> None:
         """One forward ran and gave what it should."""

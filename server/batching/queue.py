@@ -21,6 +21,7 @@ class Held:
     works: int = 0
     rows: int = 0
     bytes: int = 0
+    requests: int = 0
 
 
 @dataclass(slots=True)
@@ -56,7 +57,7 @@ class Queue:
     def push(self, work: Work) -> None:
         """Append `work` to its peer's line."""
         level = self._levels.get(work.priority) or self._new_level(work.priority)
-        peer, key, rows = work.peer, work.key, work.rows
+        peer, key, rows, requests = work.peer, work.key, work.rows, work.requests
         for lines in (level.peers, level.groups[key]):
             line = lines.get(peer)
             if line is None:
@@ -68,6 +69,7 @@ class Queue:
             held.works += 1
             held.rows += rows
             held.bytes += work.bytes
+            held.requests += requests
         total = self._group_rows[key] = self._group_rows.get(key, 0) + rows
         if total >= self._ripe:
             self._ripe_keys.add(key)
@@ -77,7 +79,7 @@ class Queue:
         if work not in self._order:
             return False
         del self._order[work]
-        peer, key, rows = work.peer, work.key, work.rows
+        peer, key, rows, requests = work.peer, work.key, work.rows, work.requests
         level = self._levels[work.priority]
         group, own = level.groups[key], self.peers[peer]
         for lines in (level.peers, group):
@@ -91,6 +93,7 @@ class Queue:
             held.works -= 1
             held.rows -= rows
             held.bytes -= work.bytes
+            held.requests -= requests
         if not own.works:
             del self.peers[peer]
         total = self._group_rows[key] - rows
@@ -188,7 +191,7 @@ class Queue:
             level.groups.clear()
         for kept in (self._order, self._group_rows, self._ripe_keys, self.peers):
             kept.clear()
-        self.held.works = self.held.rows = self.held.bytes = 0
+        self.held.works = self.held.rows = self.held.bytes = self.held.requests = 0
 
     def _new_level(self, priority: int) -> _Level:
         level = self._levels[priority] = _Level()

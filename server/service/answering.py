@@ -95,17 +95,19 @@ class Counting:
             failed(self._model, self._kind, error, self._timer.start, self._late)
 
 
-def begin(model: ServedModel) -> None:
-    """Keep the model for a request, of which `succeeded` or `failed` must tell the end."""
-    model.hold()
-    model.monitor.inflight.add(1)
+def begin(model: ServedModel, many: int = 1) -> None:
+    """Keep the model for a request, of which `succeeded` or `failed` must tell the end, or for so many."""
+    model.hold(many)
+    model.monitor.inflight.add(many)
 
 
-def succeeded(model: ServedModel, kind: Kind, total: int, decode: int, queue: int, compute: int, encode: int) -> None:
-    """Count a request that was answered, and where its nanoseconds went."""
-    model.let_go()
-    model.monitor.inflight.add(-1)
-    model.monitor.succeeded(kind, total, decode, queue, compute, encode)
+def succeeded(
+    model: ServedModel, kind: Kind, total: int, decode: int, queue: int, compute: int, encode: int, many: int = 1
+) -> None:
+    """Count a request that was answered, and where its nanoseconds went; or so many that took the same."""
+    model.let_go(many)
+    model.monitor.inflight.add(-many)
+    model.monitor.succeeded(kind, total, decode, queue, compute, encode, many)
 
 
 def failed(model: ServedModel, kind: Kind, error: BaseException, start: int, late: float = math.inf) -> None:

@@ -49,6 +49,16 @@ class Form:
             found[name] = np.frombuffer(content, dtype).reshape(shape)
         return found
 
+    def together(self, many: Sequence[Sequence[bytes]]) -> dict[str, Array] | None:
+        """Return the rows of several requests one after the other; None when a value is outside its range."""
+        found: dict[str, Array] = {}
+        for at, (name, dtype, shape, check) in enumerate(self.views):
+            content = b"".join([contents[at] for contents in many])
+            if check and not check(content):
+                return None
+            found[name] = np.frombuffer(content, dtype).reshape(len(many) * shape[0], *shape[1:])
+        return found
+
 
 def check_of(spec: TensorSpec) -> Check | None:
     """Return what tells whether all values in an input's bytes are within its range; None when it has no range."""

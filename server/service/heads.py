@@ -54,6 +54,15 @@ class Heads:
 
     def known(self, raw: bytes) -> Known | None:
         """Return what the message asks if its like was learned."""
+        return self._known(raw, {})
+
+    def all_known(self, messages: Sequence[bytes]) -> list[Known | None]:
+        """Return the same of each message."""
+        ready: dict[_Model, ServedModel | None] = {}
+        return [self._known(raw, ready) for raw in messages]
+
+    def _known(self, raw: bytes, ready: dict[_Model, ServedModel | None]) -> Known | None:
+        """`ready` holds the models that answer now, as far as they were looked up."""
         try:
             named, described = _split(raw)
         except IndexError:
@@ -69,8 +78,11 @@ class Heads:
         id_field = raw[named:described]
         if found is None or not id_field.isascii():
             return None
-        model = self._ready(known.name, known.version)
-        if model is None or known.model() is not model:
+        if known not in ready:
+            model = self._ready(known.name, known.version)
+            ready[known] = model if known.model() is model else None
+        model = ready[known]
+        if model is None:
             return None
         form, marks = found
         contents = (raw[at:],) if len(marks) == 1 else _contents(raw, at, form.sizes, marks)

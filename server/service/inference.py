@@ -1,7 +1,9 @@
 """ModelInfer of the Open Inference Protocol (KServe v2) with Triton's extensions, free of any transport."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from google.protobuf.message import DecodeError
@@ -13,6 +15,7 @@ from layercast.server.model import ServedModel
 from layercast.server.monitor import Kind
 from layercast.server.service import scopes
 from layercast.server.service.answering import LARGE, Answered, Answering, Timer, decoding, off_loop, tell_times, timed
+from layercast.server.service.bunch import Asked, Bunch
 from layercast.server.service.call import Call
 from layercast.server.service.classification import Classes, classified, resolve_classes
 from layercast.server.service.form import Form
@@ -60,8 +63,19 @@ class InferenceService:
         if len(raw) >= LARGE or not scopes.has(scopes.PREDICT):
             return None
         known = self._heads.known(raw) or self._parsed(raw)
-        if known is None:
-            return None
+        return self.begin(known, deadline, peer, call) if known else None
+
+    def all_known(self, messages: Sequence[bytes]) -> list[Known | None]:
+        """Recognise serialised requests that are plain, and that the caller may make; only values are left to see."""
+        if not scopes.has(scopes.PREDICT):
+            return [None] * len(messages)
+        return [
+            found or (self._parsed(raw) if len(raw) < LARGE else None)
+            for raw, found in zip(messages, self._heads.all_known(messages), strict=True)
+        ]
+
+    def begin(self, known: Known, deadline: float | None, peer: str, call: Told) -> Short | None:
+        """Begin to answer a plain request if its values are right; else do nothing and return None."""
         start = time.perf_counter_ns()
         inputs = known.form.inputs(known.contents)
         if inputs is None:
@@ -69,6 +83,19 @@ class InferenceService:
         short = Short(known, start, call)
         short.queue(inputs, Terms(deadline, peer=peer))
         return short
+
+    def begin_together(self, requests: Sequence[Asked[Any]], deadline: float | None, peer: str) -> Bunch | None:
+        """Begin to answer plain requests of one form as one work; None, nothing being done, if that may not be."""
+        start, form, model = time.perf_counter_ns(), requests[0].known.form, requests[0].known.model
+        many = len(requests)
+        if many == 1 or not model.takes_together(form.rows * many, sum(form.sizes) * many):
+            return None
+        inputs = form.together([asked.known.contents for asked in requests])
+        if inputs is None:
+            return None
+        bunch = Bunch(requests, start)
+        bunch.queue(inputs, Terms(deadline, peer=peer))
+        return bunch
 
     def _parsed(self, raw: bytes) -> Known | None:
         try:

@@ -15,8 +15,11 @@ from layercast.server.work import Answer, Array, Terms
 class Told(Protocol):
     """The call of a request: told that it has begun, and then once how it ended."""
 
-    def begun(self) -> None:
-        """The request is answered here, or fails here; nothing was told or counted before."""
+    def begun(self, id_field: bytes) -> None:
+        """The request is answered here, or fails here; nothing was told or counted before.
+
+        `id_field` is its id as it stands in a message.
+        """
 
     def answered(self, content: bytes) -> None:
         """This is the answer, serialised."""
@@ -33,9 +36,11 @@ class Short:
 
     __slots__ = ("_call", "_decoded", "_done", "_known", "_start", "_waiting")
 
-    def __init__(self, known: Known, start: int, call: Told) -> None:
-        call.begun()
-        begin(known.model)
+    def __init__(self, known: Known, start: int, call: Told, again: bool = False) -> None:
+        """`again` is for one that was begun, and counted, together with others."""
+        if not again:
+            call.begun(known.id_field)
+            begin(known.model)
         self._known = known
         self._call = call
         self._start = self._decoded = start

@@ -1,8 +1,8 @@
-"""RPCs of our services over grpc.aio: parse, answer, count, and turn what a service raises into a status."""
+"""RPCs of our services with one message in: parse, answer, count, and turn what a service raises into a status."""
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
@@ -14,7 +14,7 @@ from layercast.proto.bulk import MessageTooComplex, check_bulk
 from layercast.proto.codec import CodecError
 from layercast.proto.rpc import Method
 from layercast.server.batching.policy import late_from
-from layercast.server.errors import DeadlineCancelled, InvalidArgument, ResourceExhausted, ServingError, Unavailable
+from layercast.server.errors import DeadlineCancelled, InvalidArgument, ResourceExhausted
 from layercast.server.service.call import Call
 from layercast.server.transport.counted import Context, Counted, abort
 from layercast.server.transport.status import Reply, reply
@@ -26,12 +26,9 @@ Answer = Callable[[Any, Call], Awaitable[Message]]
 Answers = Callable[[Any, Call], AsyncGenerator[Message, None]]
 Ended = Callable[[bytes | None, Reply | None], None]
 """Told how a call ended: the answer's bytes, or else the status of a failed one."""
-StreamAnswer = Callable[[AsyncIterator[tuple[Any, int]], Call], AsyncGenerator[Message, None]]
 
 # A message of fewer bytes parses within a few milliseconds, whatever is in it.
 _LARGE: Final = 256 << 10
-# Sent by a client that wants the first error inside a stream as the status of the stream.
-_FAILS_WHOLE: Final = ("triton_grpc_error", "true")
 
 
 def parsed(message: type[Message], raw: bytes) -> Message:
@@ -77,7 +74,7 @@ class ShortCall:
         self._ended = ended
         self._start = 0.0
 
-    def begun(self) -> None:
+    def begun(self, _: bytes) -> None:
         """Count the call and its message."""
         self._start = self._counted.begun()
         self._counted.received.inc()
@@ -180,7 +177,7 @@ class ServerStreamRpc:
         try:
             async with aclosing(self._answers(parsed(self._request, raw), call)) as answers:
                 async for answer in answers:
-                    await _send(context, answer)
+                    await send(context, answer.SerializeToString())
                     self._counted.sent.inc()
         except asyncio.CancelledError:
             if clock() >= late:
@@ -188,100 +185,15 @@ class ServerStreamRpc:
             raise
 
 
-class StreamRpc:
-    """Messages in, messages out, for as long as the client likes and the server runs."""
-
-    def __init__(self, method: Method, answer: StreamAnswer, counted: Counted) -> None:
-        self._request = method.request
-        self._answer = answer
-        self._counted = counted
-        self._open: set[Incoming] = set()
-
-    def handler(self) -> Handler:
-        """Return what grpc registers."""
-        return grpc.stream_stream_rpc_method_handler(self._handle)
-
-    def close(self) -> None:
-        """Read no more from any open stream. Each ends, as unavailable, once what was read is answered."""
-        for incoming in self._open:
-            incoming.close()
-
-    async def _handle(self, _: object, context: Context) -> None:
-        await self._counted.run(self._body(context), context)
-
-    async def _body(self, context: Context) -> None:
-        incoming = Incoming(context, self._request, self._counted)
-        self._open.add(incoming)
-        metadata = context.invocation_metadata() or ()
-        fails_whole = _FAILS_WHOLE in [(str(k), v) for k, v in metadata]
-        call = Call(deadline(context), fails_whole=fails_whole, peer=context.peer())
-        try:
-            async with aclosing(self._answer(incoming, call)) as answers:
-                async for answer in answers:
-                    await _send(context, answer)
-                    self._counted.sent.inc()
-        finally:
-            self._open.discard(incoming)
-        if incoming.closed:
-            raise Unavailable("the server is shutting down; everything that was read from this stream is answered")
-
-
-class Incoming:
-    """The messages of one stream, each with its size in bytes; an error in place of one that can't be parsed.
-
-    An async iterator for one consumer at a time. It ends when the client has half-closed, or after `close`.
-    """
-
-    def __init__(self, context: Context, message: type[Message], counted: Counted) -> None:
-        self.closed = False
-        self._context = context
-        self._message = message
-        self._counted = counted
-        self._reader: asyncio.Task[Any] | None = None
-
-    def close(self) -> None:
-        """End after the message that was read last."""
-        self.closed = True
-        if self._reader:
-            self._reader.cancel()
-
-    def __aiter__(self) -> "Incoming":
-        return self
-
-    async def __anext__(self) -> tuple[Message | ServingError, int]:
-        raw = await self._read()
-        if raw is grpc.aio.EOF:
-            raise StopAsyncIteration
-        self._counted.received.inc()
-        try:
-            return parsed(self._message, raw), len(raw)
-        except ServingError as error:
-            return error, len(raw)
-
-    async def _read(self) -> Any:
-        if self.closed:
-            return grpc.aio.EOF
-        self._reader = reader = asyncio.current_task()
-        try:
-            return await self._context.read()
-        except asyncio.CancelledError:
-            # Ours ends the iteration; the caller's own leaves with it.
-            if self.closed and reader and not reader.uncancel():
-                return grpc.aio.EOF
-            raise
-        finally:
-            self._reader = None
-
-
 def _settle(future: "asyncio.Future[bytes | Reply]", content: bytes | None, failed: Reply | None) -> None:
     if not future.done() and (end := failed if content is None else content) is not None:
         future.set_result(end)
 
 
-async def _send(context: Context, message: Message) -> None:
+async def send(context: Context, raw: bytes) -> None:
     """Send one message of a stream when there is room; CancelledError when the caller has gone meanwhile."""
     try:
-        await context.write(message.SerializeToString())
+        await context.write(raw)
     except grpc.aio.InternalError:  # how grpc says it, if the message was waiting for room
         raise asyncio.CancelledError from None
 

@@ -85,6 +85,22 @@ class Frames:
         with memoryview(data) as view:
             return bool(flag), bytes(view[start : self._at])
 
+    def next_plain(self) -> bytes | None:
+        """Return the bytes of the next message if it is complete, and such that `next` returns it uncompressed."""
+        data, at = self._data, self._at
+        start = at + _HEAD
+        if len(data) < start or data[at]:
+            return None
+        size = int.from_bytes(data[at + 1 : start], "big")
+        end = start + size
+        if size > self._limit or len(data) < end:
+            return None
+        self._at = end
+        if isinstance(data, bytes):
+            return data[start:end]
+        with memoryview(data) as view:
+            return bytes(view[start:end])
+
 
 def announced(piece: bytes, limit: int) -> int:
     """Return how long a body is that begins with `piece` and is one message of at most `limit` bytes, uncompressed.

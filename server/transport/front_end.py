@@ -11,9 +11,10 @@ from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE
 from layercast.server.errors import Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call, method_of
-from layercast.server.transport.calls import Begin, Handler, ServerStreamRpc, StreamRpc, UnaryRpc
+from layercast.server.transport.calls import Begin, Handler, ServerStreamRpc, UnaryRpc
 from layercast.server.transport.counted import Counted
 from layercast.server.transport.standard import HandlerTaker, UnknownRpcs, add_health, add_reflection
+from layercast.server.transport.streams import StreamRpc
 
 
 class FrontEnd(ABC):

@@ -4,9 +4,9 @@ import asyncio
 import base64
 import binascii
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Any, Final, NoReturn
+from typing import Any, ClassVar, Final, NoReturn
 
 import grpc
 
@@ -47,20 +47,25 @@ class Cause(Enum):
 class RpcCall(ABC):
     """Reads the messages of a call and writes its answers.
 
-    It has what our handlers use of `grpc.aio.ServicerContext`. `encode` makes bytes of what the handler sends, if it
-    doesn't itself; `cause` is set once the call is cancelled; `status` is what it ends with: code, text, trailers.
+    It has what our handlers use of `grpc.aio.ServicerContext`. `ready` returns the next message if it is there, whole
+    and not compressed, or None. `together` tells whether whatever came while the event loop was busy is there at once.
+    `encode` makes bytes of what the handler sends, if it doesn't itself; `cause` is set once the call is cancelled;
+    `status` is what it ends with: code, text, trailers.
     """
 
     __slots__ = (
         "_body_ended", "_code", "_frames", "_headers", "_limit", "_loop", "_pairs", "_task", "_waiter", "_whole",
-        "cause", "deadline", "encode", "status",
+        "cause", "deadline", "encode", "ready", "status",
     )  # fmt: skip
+
+    together: ClassVar[bool] = False
 
     def __init__(self, pairs: Iterable[tuple[bytes, bytes]], headers: Mapping[bytes, bytes], limit: int) -> None:
         """`headers` are the last of each name in `pairs`; `limit` is for a message either way, in bytes."""
         self._pairs, self._headers, self._limit = pairs, headers, limit
         self._loop = asyncio.get_running_loop()
         self._frames = Frames(limit)
+        self.ready = self._frames.next_plain
         self._task: asyncio.Task[Any] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._body_ended = False
@@ -78,6 +83,11 @@ class RpcCall(ABC):
     @abstractmethod
     async def write(self, message: Any) -> None:
         """Send a message, and wait while the caller is far behind."""
+
+    async def write_all(self, messages: Sequence[bytes]) -> None:
+        """Send several."""
+        for message in messages:
+            await self.write(message)
 
     @abstractmethod
     def _ask(self) -> None:

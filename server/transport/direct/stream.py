@@ -1,7 +1,8 @@
 """One call on a stream of HTTP/2: what came of it, what is still to be sent, and who answers it."""
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import grpc
 
@@ -33,6 +34,8 @@ class Stream(RpcCall):
         "_was_answered",
         "ending", "number", "outgoing", "receivable", "sendable", "started",
     )  # fmt: skip
+
+    together: ClassVar[bool] = True
 
     def __init__(self, connection: "Connection", number: int, head: Head, limit: int, sendable: int) -> None:
         """`limit` is for a message either way, `sendable` what the caller takes at first, in bytes."""
@@ -115,7 +118,18 @@ class Stream(RpcCall):
 
     async def write(self, message: Any) -> None:
         """Send a message, and wait while the caller is far behind."""
-        self.outgoing += self._framed(message)
+        await self.write_all((message,))
+
+    async def write_all(self, messages: Sequence[Any]) -> None:
+        """Send several, and wait in between while the caller is far behind."""
+        for message in messages:
+            self.outgoing += self._framed(message)
+            if len(self.outgoing) > AHEAD:
+                await self._sent()
+        self._connection.send_soon(self)
+
+    async def _sent(self) -> None:
+        """Wait until little of what was written is left to be sent."""
         self._connection.send_soon(self)
         while len(self.outgoing) > AHEAD:
             self._room = self._loop.create_future()

@@ -1,0 +1,151 @@
+"""Plain requests of a stream that came together: queued as one work, and each answered as if it had come alone."""
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from layercast.server.batching.waiting import Waiting
+from layercast.server.errors import DeadlineCancelled, Evicted, OutOfMemory, ServingError
+from layercast.server.service.answering import LARGE, begin, failed, succeeded
+from layercast.server.service.heads import Known
+from layercast.server.service.short import Short, Told
+from layercast.server.work import Answer, Array, Course, Terms
+
+C = TypeVar("C", bound=Told)
+_NO_TERMS: Final = Terms()
+
+
+class Asked(NamedTuple, Generic[C]):
+    """A request that was recognised, as it came, and the call that is told its end."""
+
+    known: Known
+    raw: bytes
+    call: C
+
+
+def bunches(requests: Iterable[Asked[C]]) -> Iterator[list[Asked[C]]]:
+    """Yield the requests in order, those together that follow each other and may be queued as one work."""
+    bunch: list[Asked[C]] = []
+    most = 0
+    for asked in requests:
+        if bunch and (asked.known.form is not bunch[0].known.form or len(bunch) >= most):
+            yield bunch
+            bunch = []
+        if not bunch:
+            form = asked.known.form
+            most = min(asked.known.model.loaded.settings.max_batch // form.rows, LARGE // max(1, sum(form.sizes)))
+        bunch.append(asked)
+    if bunch:
+        yield bunch
+
+
+class Bunch:
+    """Requests of one form, counted and queued; the asker of their work. They came at `start`."""
+
+    __slots__ = (
+        "_alone", "_calls", "_done", "_form", "_id_fields", "_inputs", "_model", "_shared_ns", "_start", "_terms",
+        "_waiting",
+    )  # fmt: skip
+
+    def __init__(self, requests: Sequence[Asked[Any]], start: int) -> None:
+        self._model, self._form = requests[0].known.model, requests[0].known.form
+        self._calls: list[Told] = [asked.call for asked in requests]
+        self._id_fields = [asked.known.id_field for asked in requests]
+        for call, id_field in zip(self._calls, self._id_fields, strict=True):
+            call.begun(id_field)
+        begin(self._model, len(requests))
+        self._start = start
+        self._shared_ns = 0
+        self._inputs: Mapping[str, Array] = {}
+        self._terms = _NO_TERMS
+        self._waiting: Waiting | None = None
+        self._done = False
+        self._alone: list[Short] = []
+
+    def queue(self, inputs: Mapping[str, Array], terms: Terms) -> None:
+        """Queue the rows, which the queue has room for; what refuses them is told as any other end."""
+        form, many = self._form, len(self._calls)
+        self._inputs, self._terms = inputs, terms
+        self._shared_ns = time.perf_counter_ns() - self._start
+        try:
+            if form.group is None:
+                form.group = self._model.group(inputs)._replace(bytes=sum(form.sizes))
+            group = form.group._replace(bytes=form.group.bytes * many)
+            own = Terms(terms.deadline, peer=terms.peer, course=Course(requests=many))
+            self._waiting = self._model.enqueue(inputs, form.rows * many, group, own, self)
+        except Exception as error:
+            self._fail(error)
+
+    def done(self) -> bool:
+        """Tell whether the requests have ended, or go on alone."""
+        return self._done
+
+    def set_result(self, answer: Answer) -> None:
+        """Encode the answers and tell the calls."""
+        ran, many = time.perf_counter_ns(), len(self._calls)
+        queue_ns, compute_ns = answer.queue_ns, answer.compute_ns
+        try:
+            contents = self._form.template.answers(
+                self._id_fields, answer.outputs, queue_ns, compute_ns, answer.batch_rows
+            )
+        except Exception as error:
+            self._fail(error)
+            return
+        self._over()
+        now = time.perf_counter_ns()
+        decode_ns, encode_ns = self._shared_ns // many, (now - ran) // many
+        succeeded(self._model, "predict", now - self._start, decode_ns, queue_ns, compute_ns, encode_ns, many)
+        for call, content in zip(self._calls, contents, strict=True):
+            call.answered(content)
+
+    def set_exception(self, error: Exception) -> None:
+        """Tell the calls that there is no answer; what one is to blame or enough for, the others have no part in."""
+        if self._waiting:
+            self._waiting.failed(error)
+        if isinstance(error, Evicted):
+            self._part(error)
+        elif isinstance(error, OutOfMemory) or not isinstance(error, ServingError):
+            self._part()
+        else:
+            self._fail(error)
+
+    def cancel(self, late: bool) -> None:
+        """The caller has gone, or else (`late`) its deadline is over. Nothing is told any more, and no row waits."""
+        for short in self._alone:
+            short.cancel(late)
+        if self._done:
+            return
+        if self._waiting:
+            self._waiting.left(late)
+        self._over()
+        for call in self._calls:
+            failed(self._model, "predict", DeadlineCancelled() if late else asyncio.CancelledError(), self._start)
+            call.left(late)
+
+    def _part(self, last: Exception | None = None) -> None:
+        """Queue each request alone, all having been admitted; but the last ends by `last` if there is that."""
+        inputs, terms = self._inputs, self._terms
+        self._over()
+        many = self._form.rows
+        for at, (id_field, call) in enumerate(zip(self._id_fields, self._calls, strict=True)):
+            if last and at == len(self._calls) - 1:
+                failed(self._model, "predict", last, self._start)
+                call.failed(last)
+                break
+            short = Short(Known(self._model, self._form, id_field, ()), self._start, call, again=True)
+            self._alone.append(short)
+            own = {name: array[at * many : (at + 1) * many] for name, array in inputs.items()}
+            short.queue(own, Terms(terms.deadline, peer=terms.peer, course=Course(admitted=True)))
+
+    def _fail(self, error: Exception) -> None:
+        self._over()
+        for call in self._calls:
+            failed(self._model, "predict", error, self._start)
+            call.failed(error)
+
+    def _over(self) -> None:
+        self._done = True
+        self._inputs = {}
+        if self._waiting:
+            self._waiting.over()
