@@ -117,13 +117,15 @@ _BY_CODE: dict[grpc.StatusCode, type[LayercastError]] = {
 
 
 # What gRPC says of a connection that was made and then not used, and what stands behind it.
+_CLOSED = "it closed the connection; it may want TLS (ca=, `--ca`), or a certificate of its callers"
 _HANDSHAKES = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted here; name the authority with ca= (`--ca`)",
     "WRONG_VERSION_NUMBER": "it does not speak TLS; leave out tls, ca and certificate",
     "handshake failed": "the two could not agree on TLS",
     # Envoy's refusal comes after the handshake, as TLS 1.3 allows.
     "Unwrap failed": "it closed the connection; it wants a certificate of its callers, of an authority it trusts",
-    "Socket closed": "it closed the connection; it may want TLS (ca=, `--ca`), or a certificate of its callers",
+    "Socket closed": _CLOSED,
+    "Connection reset by peer": _CLOSED,  # where our last words met a closed connection
 }
 
 
