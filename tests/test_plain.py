@@ -160,7 +160,7 @@ def test_models_whose_inputs_take_more_than_a_view_have_no_plain_requests(spec):
 def answer_of(
     rows: int, times: tuple[int, int, int], identifier: str = "7", **outputs: np.ndarray
 ) -> ModelInferResponse:
-    content = Template(MANIFEST, rows).answer(id_field(ModelInferRequest(id=identifier)), outputs, *times)
+    content = Template(MANIFEST, rows, 1 << 20).answer(id_field(ModelInferRequest(id=identifier)), outputs, *times)
     return ModelInferResponse.FromString(content)
 
 
@@ -182,7 +182,7 @@ def test_the_answer_is_what_the_general_path_fills(rows, identifier, power):
 
 
 def test_an_answer_tells_the_times_of_its_own_batch():
-    template, outputs = Template(MANIFEST, 1), {"y": np.ones((1, 2), "f4"), "n": np.ones(1, "i1")}
+    template, outputs = Template(MANIFEST, 1, 1 << 20), {"y": np.ones((1, 2), "f4"), "n": np.ones(1, "i1")}
     for times in ((1, 2, 3), (1, 2, 4), (9, 5, 4), (1, 2, 3)):
         answer = ModelInferResponse.FromString(template.answer(b"", outputs, *times))
         assert [answer.parameters[name].int64_param for name in ("queue_ns", "compute_ns", "batch_rows")] == [*times]

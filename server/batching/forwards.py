@@ -138,10 +138,12 @@ class Forwards:
         if self._closed or self._goes_on_apart(instance, batch, error):
             return
         self._free.append(instance)
-        self._freed()
-        self._tell(batch.works, ran, error, batch.reason)
-        self.running.difference_update(batch.works)
-        self._over()
+        try:
+            self._freed()
+        finally:
+            self._tell(batch.works, ran, error, batch.reason)
+            self.running.difference_update(batch.works)
+            self._over()
 
     def _goes_on_apart(self, instance: Instance, batch: Batch, error: Exception | None) -> bool:
         """Tell whether the works of a batch run again, because the model raised: so that only the culprit fails.

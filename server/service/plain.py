@@ -28,7 +28,7 @@ class Plain:
     """
 
     def __init__(self, manifest: Manifest, limit: int, largest: int) -> None:
-        self._manifest = manifest
+        self._manifest, self._limit = manifest, limit
         self._inputs = [(spec, check_of(spec)) for spec in manifest.inputs if _viewed(spec)]
         self._possible = len(self._inputs) == len(manifest.inputs) and all(
             _viewed(spec) and not spec.dynamic_dimensions() for spec in manifest.outputs
@@ -95,7 +95,7 @@ class Plain:
         ]
         rows = shapes[0][0]
         if rows not in self._templates:
-            self._templates[rows] = Template(self._manifest, rows)
+            self._templates[rows] = Template(self._manifest, rows, self._limit)
         return Form(views, sizes, self._templates[rows])
 
 

@@ -9,6 +9,7 @@ from layercast.models.manifest import Manifest
 from layercast.proto.codec import DATATYPES, fill_outputs
 from layercast.proto.fields import mark, varint
 from layercast.proto.messages import InferParameter, ModelInferRequest, ModelInferResponse
+from layercast.server.errors import ResourceExhausted
 from layercast.server.service.answering import Answered, tell_times
 from layercast.server.work import Array
 
@@ -16,9 +17,13 @@ _LONGEST_VARINT: Final = 10
 
 
 class Template:
-    """The answer to plain requests of so many rows, whose outputs are all raw and of fixed sizes."""
+    """The answer to plain requests of so many rows, whose outputs are all raw and of fixed sizes.
 
-    def __init__(self, manifest: Manifest, rows: int) -> None:
+    `limit` is the bytes of a message.
+    """
+
+    def __init__(self, manifest: Manifest, rows: int, limit: int) -> None:
+        self._limit = limit
         self._outputs = [(spec.name, spec.datatype) for spec in manifest.outputs]
         named = ModelInferResponse(model_name=manifest.name, model_version=str(manifest.version))
         self._head = named.SerializeToString()
@@ -93,7 +98,12 @@ class Template:
         response = ModelInferResponse.FromString(self._head + id_field)
         fill_outputs(response, [(name, datatype, outputs[name]) for name, datatype in self._outputs], typed=False)
         tell_times(response, answered)
-        return response.SerializeToString()
+        content = response.SerializeToString()
+        if len(content) > self._limit:
+            raise ResourceExhausted(
+                f"the answer takes {len(content):,} bytes, a message holds {self._limit:,}; send fewer rows"
+            )
+        return content
 
 
 def id_field(request: ModelInferRequest) -> bytes:

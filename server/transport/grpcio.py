@@ -1,4 +1,4 @@
-"""The default front end, grpc.aio: hands messages to the services and their errors to the callers; knows no model."""
+"""The front end `grpcio`, grpc.aio: hands messages to the services and their errors to the callers; knows no model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final

@@ -6,7 +6,7 @@ from typing import Final
 
 from layercast.server.errors import StartError
 
-_BACKLOG: Final = 1024
+BACKLOG: Final = 1024
 
 
 def bound_socket(what: str, host: str, port: int, option: str) -> socket.socket:
@@ -28,7 +28,7 @@ def listening_socket(what: str, host: str, port: int, option: str) -> socket.soc
     """Return such a socket on which callers wait to be accepted."""
     sock = bound_socket(what, host, port, option)
     try:
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise StartError(not_bound(error, what, host, port, option)) from error

@@ -10,7 +10,7 @@ _PER_SECOND: Final = 1_000
 ANSWERED: Final = 8
 """What an answered call earns: pings and windows come with real traffic too."""
 SENT: Final = 4
-"""What a frame of data earns, sent or received."""
+"""What a frame of data earns that was sent: a peer opens a window or two for each."""
 
 
 class Calm:

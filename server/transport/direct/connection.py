@@ -6,7 +6,7 @@ from typing import Final, Protocol, cast
 
 from layercast.server.transport.calls import Begin
 from layercast.server.transport.direct import frames
-from layercast.server.transport.direct.calm import ANSWERED, SENT, Calm
+from layercast.server.transport.direct.calm import ANSWERED, Calm
 from layercast.server.transport.direct.frames import Code, ConnectionFault, frame, number_bytes
 from layercast.server.transport.direct.heads import MAX_LIST, Head
 from layercast.server.transport.direct.pulse import Pulse
@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 MAX_STREAMS: Final = 1024
 """Calls of one connection at a time, those included that were reset and whose handlers have not ended yet."""
-_WINDOW: Final = 16 << 20
+_WINDOW: Final = 64 << 20
+"""Bytes of all calls of one connection that may come before they are taken: those that nobody reads leave room for
+others."""
 _CREDIT: Final = _WINDOW // 4
 _WRITTEN: Final = 1 << 20
 """Bytes that may wait for a peer that reads slowly before nothing more is taken from it."""
@@ -101,7 +103,7 @@ class Connection(asyncio.Protocol):
             self._fail(fault.code, str(fault))
         except NotHttp2:
             self._transport.write(_HTTP1)
-            self._turn_out()
+            self._close(_LINGER_SECONDS)
         except Exception:
             logger.exception("a connection of HTTP/2 failed")
             self._fail(Code.INTERNAL_ERROR, "")
@@ -139,6 +141,11 @@ class Connection(asyncio.Protocol):
         for stream in list(self._streams.values()):
             stream.end(Cause.STOPPED)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it is still to be answered or sent."""
+        return not self._streams and not self._transport.get_write_buffer_size()
+
     def abort(self) -> None:
         """Close at once."""
         self._transport.abort()
@@ -154,12 +161,22 @@ class Connection(asyncio.Protocol):
             self._transport.write(frame(frames.WINDOW_UPDATE, 0, 0, number_bytes(self._owed)))
             self._receivable += self._owed
             self._owed = 0
-            self._calm.earn(SENT)
+            self._calm.earn(_CREDIT >> 10)
 
     def ran(self, stream: Stream) -> None:
         """The handler of a call has ended."""
-        if stream.ending is None:
-            self._forget(stream)
+        if stream.ending is not None and stream.cause is not Cause.GONE:
+            return
+        if stream.cause is not Cause.GONE and stream.number in self._streams:
+            # Without a status, so that its caller does not wait for one.
+            self._send_reset(stream.number, Code.INTERNAL_ERROR)
+            stream.cause = Cause.GONE
+        self._forget(stream)
+
+    def give_up(self, stream: Stream, code: Code) -> None:
+        """End a call that is not to go on, whatever of it is still to be sent."""
+        self._send_reset(stream.number, code)
+        self._abandon(stream)
 
     def on_data(self, number: int, payload: bytes, size: int, ended: bool) -> None:
         """Give a part of a body to its call."""
@@ -206,6 +223,8 @@ class Connection(asyncio.Protocol):
         """Go by them, and say so."""
         # Of those that one frame sets again and again, the last counts; each could move the windows of all streams.
         for setting, value in dict(values).items():
+            if setting == frames.INITIAL_WINDOW_SIZE:
+                self._calm.spend(len(self._streams) // 8)  # the windows of all of them move
             self._sending.set(setting, value)
         self._transport.write(frame(frames.SETTINGS, frames.ACK, 0))
 
@@ -231,7 +250,8 @@ class Connection(asyncio.Protocol):
             self._check_past(number)
 
     def _open(self, number: int, head: Head, ended: bool) -> None:
-        if self._leaving or len(self._streams) >= MAX_STREAMS:
+        full = len(self._streams) >= MAX_STREAMS or self._sending.unsent > 2 * self._owner.limit
+        if self._leaving or full:
             self._calm.spend()
             self._send_reset(number, Code.REFUSED_STREAM)
         elif head.malformed:
@@ -260,8 +280,7 @@ class Connection(asyncio.Protocol):
 
     def _reset(self, stream: Stream, code: Code) -> None:
         self._calm.spend()
-        self._send_reset(stream.number, code)
-        self._abandon(stream)
+        self.give_up(stream, code)
 
     def _send_reset(self, number: int, code: Code) -> None:
         if not self.deaf:
@@ -270,6 +289,7 @@ class Connection(asyncio.Protocol):
     def _abandon(self, stream: Stream) -> None:
         """End a call that nobody waits for; until its handler, if it has one, has ended too, it counts as one."""
         stream.end(Cause.GONE)
+        stream.cause = Cause.GONE  # also where it was late before
         # What it had to say would take up the window that the others have.
         self._sending.drop(stream)
         if not stream.is_running:
@@ -296,26 +316,23 @@ class Connection(asyncio.Protocol):
     def _close_if_done(self) -> None:
         """Close after the last answer, which a peer may read slowly."""
         if self._leaving and not self._streams and not self.deaf:
-            self._hear_no_more(_PATIENCE_SECONDS)
-            self._transport.close()
+            self._close(_PATIENCE_SECONDS)
 
     def _fail(self, code: Code, text: str) -> None:
         """Say what the peer did wrong, and close."""
         self._transport.write(frames.goaway(self._last, code, text))
-        self._turn_out()
+        self._close(_LINGER_SECONDS)
         self._abandon_all()
 
-    def _turn_out(self) -> None:
-        """Close once all is written, or soon."""
-        self._hear_no_more(_LINGER_SECONDS)
-        # Closed with bytes unread, TCP would take back what was written last.
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
-        else:
-            self._transport.close()
-
-    def _hear_no_more(self, seconds: float) -> None:
+    def _close(self, seconds: float) -> None:
+        """Close once all is written and the peer closes too, after so long in any case."""
         self._sending.flush_answers()
         self._sending.close()
         self.deaf = True
         self._pulse.end_within(seconds)
+        # Closed with bytes unread, TCP would take back what was written last: what still comes is read, and not heard.
+        if self._transport.can_write_eof():
+            self._transport.resume_reading()
+            self._transport.write_eof()
+        else:
+            self._transport.close()

@@ -10,11 +10,14 @@ from layercast.server.metrics import Metrics
 from layercast.server.transport.direct.connection import Connection
 from layercast.server.transport.dispatch import Handlers
 from layercast.server.transport.front_end import FrontEnd
-from layercast.server.transport.ports import listening_socket
+from layercast.server.transport.ports import BACKLOG, listening_socket
 from layercast.server.transport.security import Security
 
 _CUT_OFF_SECONDS: Final = 0.1
 """What calls that are cut off have to say so."""
+_LEAVE_SECONDS: Final = 1.0
+"""What peers have to close their side once all is answered."""
+_LOOK_SECONDS: Final = 0.05
 _HANDSHAKE_SECONDS: Final = 10.0
 
 
@@ -51,7 +54,11 @@ class DirectFrontEnd(FrontEnd):
             raise RuntimeError("this is a bug: start before bind")
         timeout = _HANDSHAKE_SECONDS if self._tls else None
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: Connection(self), sock=self._socket, ssl=self._tls, ssl_handshake_timeout=timeout
+            lambda: Connection(self),
+            sock=self._socket,
+            backlog=BACKLOG,
+            ssl=self._tls,
+            ssl_handshake_timeout=timeout,
         )
 
     async def stop(self, grace: float) -> None:
@@ -68,12 +75,14 @@ class DirectFrontEnd(FrontEnd):
             await self._left(_CUT_OFF_SECONDS)
         for connection in list(self._connections):
             connection.abort()
-        await self._left(_CUT_OFF_SECONDS)
+        await self._gone(_CUT_OFF_SECONDS)
 
     def opened(self, connection: Connection) -> None:
         """A connection is there."""
         self._connections.add(connection)
         self._alone.clear()
+        if self.handlers.stopping:  # accepted, or agreed upon TLS, a moment too late
+            connection.leave()
 
     def lost(self, connection: Connection) -> None:
         """A connection is gone."""
@@ -82,7 +91,19 @@ class DirectFrontEnd(FrontEnd):
             self._alone.set()
 
     async def _left(self, seconds: float) -> bool:
-        """Wait, so long at most, until all connections are gone; tell whether they are."""
+        """Wait, so long at most, until all calls are answered and their callers gone; tell whether that is so.
+
+        Who has nothing more to expect and does not go is not waited for much longer.
+        """
+        clock = asyncio.get_running_loop().time
+        until = clock() + seconds
+        polite = False
+        while not self._alone.is_set() and clock() < until:
+            if not polite and all(connection.is_done for connection in self._connections):
+                polite, until = True, min(until, clock() + _LEAVE_SECONDS)
+            await self._gone(min(_LOOK_SECONDS, max(0.0, until - clock())))
+        return self._alone.is_set() or polite
+
+    async def _gone(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._alone.wait(), seconds)
-        return self._alone.is_set()

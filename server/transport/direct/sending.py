@@ -18,6 +18,8 @@ _OK_HEAD: Final = frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_S
 _DATA: Final = bytes((frames.DATA, 0))
 _AT_ONCE: Final = 256 << 10
 """Bytes that are written together."""
+_CRUMB: Final = 64
+"""Fewer bytes in a frame earn their peer nothing: who has them sent so makes the work."""
 
 
 class Sending:
@@ -61,7 +63,7 @@ class Sending:
                     raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE makes a window too large")
             for stream in [stream for stream in self._stuck if stream.sendable > 0]:
                 self._free(stream)
-            self.flush()
+            self._flush_soon()
 
     def widen(self, more: int) -> None:
         """The peer takes so many bytes more of all streams together."""
@@ -70,14 +72,20 @@ class Sending:
         self._window += more
         if self._window > frames.MAX_WINDOW:
             raise ConnectionFault(Code.FLOW_CONTROL_ERROR, "WINDOW_UPDATE makes the window too large")
-        self.flush()
+        self._flush_soon()
 
     def widen_stream(self, stream: Stream, more: int) -> None:
         """The peer takes so many bytes more of this stream."""
         stream.sendable += more
         if stream in self._stuck and stream.sendable > 0:
             self._free(stream)
-            self.flush()
+            self._flush_soon()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for a window of the peer's."""
+        waiting = (*self._stuck, *self._crowded)
+        return sum(len(stream.outgoing) for stream in waiting) if waiting else 0
 
     def headers(self, number: int, block: bytes, end: bool) -> bytes:
         """Return a header block as it goes to this peer."""
@@ -185,7 +193,7 @@ class Sending:
             del stream.outgoing[:size]
             self._window -= size
             stream.sendable -= size
-            self._calm.earn(SENT)
+            self._calm.earn(SENT if size >= _CRUMB else 0)
             stream.make_room()
         if stream.outgoing:
             self._waiting[stream] = None
@@ -195,6 +203,7 @@ class Sending:
         return size
 
     def _flush_soon(self) -> None:
+        """Send in the next pass of the event loop: what comes until then, windows or answers, is taken together."""
         if self._soon is None:
             self._soon = asyncio.get_running_loop().call_soon(self._flush_now)
 

@@ -1,6 +1,7 @@
 """One call on a stream of HTTP/2: what came of it, what is still to be sent, and who answers it."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -9,13 +10,16 @@ import grpc
 from layercast.server.batching.policy import late_from
 from layercast.server.errors import InvalidArgument
 from layercast.server.transport.calls import Begun
+from layercast.server.transport.direct.frames import Code
 from layercast.server.transport.direct.heads import START, Head, header_block
 from layercast.server.transport.framing import announced, only_message, status_headers
 from layercast.server.transport.rpc_call import AHEAD, Cause, RpcCall
-from layercast.server.transport.status import Reply
+from layercast.server.transport.status import Reply, reply
 
 if TYPE_CHECKING:
     from layercast.server.transport.direct.connection import Connection
+
+logger = logging.getLogger(__name__)
 
 WINDOW: Final = 1 << 20
 """Bytes of a call that may come before they are taken."""
@@ -82,6 +86,8 @@ class Stream(RpcCall):
             pieces, self._pieces = self._pieces, None
             self._fed(b"".join(pieces), self._body_ended)
         self._task = self._loop.create_task(self._run())
+        # Not at the end of `_run`, whose first step may never come: a reset in the same read cancels it before.
+        self._task.add_done_callback(self._ran)
 
     def take(self, piece: bytes, size: int, ended: bool) -> None:
         """Take a piece of the body that had `size` bytes with its padding."""
@@ -144,6 +150,11 @@ class Stream(RpcCall):
         """End the call before its time."""
         if self.cause is not None:
             return
+        if self.ending is not None:
+            # All was said, and waits for the caller's window. Nobody reads it after the deadline.
+            if cause is Cause.LATE:
+                self._connection.give_up(self, Code.CANCEL)
+            return
         if self._task:
             self.cancel(cause)
             return
@@ -180,42 +191,52 @@ class Stream(RpcCall):
     def _begin(self, pieces: list[bytes]) -> None:
         """Start the answer to a call that has a short path, its body being there."""
         raw = only_message(pieces, self._limit)
-        if raw is not None:
+        if raw is not None and self._is_begun(raw):
+            self._pieces = None
+        else:
+            self.run()
+
+    def _is_begun(self, raw: bytes) -> bool:
+        try:
             begun = self._connection.short[self._path](raw, self.deadline, self.peer(), self._answered)
-            if begun:
-                # It may have been answered before `begin` came back.
-                self._begun = None if self._was_answered else begun
-                return
-        self.run()
+        except Exception:  # of one call, which the handler answers; the others of its connection go on
+            logger.exception("the short path to %s failed", self._path)
+            return self._was_answered
+        # It may have been answered before `begin` came back.
+        self._begun = None if self._was_answered else begun
+        return begun is not None
 
     def _answered(self, raw: bytes | None, failed: Reply | None) -> None:
         """Send the answer of the short path."""
         self._begun, self._was_answered = None, True
         if self.cause is not None:
             return
+        if raw is not None and self._connection.answer(self, raw):
+            return
+        try:
+            if raw is not None:
+                self.answer(raw)
+        except Exception as error:  # it is larger than a message may be
+            failed = reply(error, self._path)
         if failed:
             self.status = (failed.code.value[0], failed.message, failed.trailers)
-        elif raw is not None:
-            if self._connection.answer(self, raw):
-                return
-            self.answer(raw)
         self._finish()
 
     async def _run(self) -> None:
-        try:
-            await self._connection.handlers.answer(self, self._path, self._since)
-            self._finish()
-        except asyncio.CancelledError:
-            if self.cause is not Cause.GONE:
-                raise
-        finally:
-            self._loop.call_soon(self._connection.ran, self)
+        await self._connection.handlers.answer(self, self._path, self._since)
+        self._finish()
+
+    def _ran(self, task: "asyncio.Task[None]") -> None:
+        error = None if task.cancelled() else task.exception()
+        if error:
+            logger.error("the call to %s failed", self._path, exc_info=error)
+        self._connection.ran(self)
 
     def _finish(self) -> None:
         """Have the end sent: the answer if there is one, and the status."""
+        headers = status_headers(*self.status)
         if self._whole is not None:
             self.outgoing += self._whole
-        headers = status_headers(*self.status)
         if self.outgoing or self.started:
             self.ending = header_block(headers)
         else:
