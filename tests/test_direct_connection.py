@@ -51,6 +51,8 @@ def test_who_does_not_begin_as_http2_does_is_left(connect, data):
     except ConnectionError:
         pass
     assert len(rest) < 1000
+    # Nothing comes before, which a client of HTTP/1 could not read.
+    assert rest.startswith(b"HTTP/1.1 400 Bad Request") == (b"HTTP/1" in data)
 
 
 @pytest.mark.parametrize("data", [b"", b"P", PREFACE[:23], PREFACE, PREFACE + settings_frame({})[:5]])

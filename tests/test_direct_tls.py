@@ -187,4 +187,5 @@ def test_curl_with_what_is_no_call(direct):
     done = curl("--http2-prior-knowledge", "-H", "content-type: text/plain", f"http://{direct.url}/v2", body=b"")
     assert done.stdout.startswith(b"HTTP/2 415")
     done = curl("--http1.1", f"http://{direct.url}{LIVE_PATH}")
-    assert not done.stdout or done.stdout.startswith(b"HTTP/1.1 400"), done.stdout
+    assert done.stdout.startswith(b"HTTP/1.1 400"), done.stdout
+    assert b"--http-port" in done.stdout

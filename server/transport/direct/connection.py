@@ -69,20 +69,19 @@ class Connection(asyncio.Protocol):
         self._calm = Calm()
         self._reader = Reader(self, self._calm)
         self._streams: dict[int, Stream] = {}
-        self._leaving = False
+        self._leaving = self._has_greeted = False
         self._last = 0
         self._receivable = _WINDOW
         self._owed = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Greet the peer."""
+        """Wait for the peer's first words."""
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=_WRITTEN)
         self._sending = Sending(self._transport, self._streams, self._calm, self._forget)
         self.answer, self.send, self.send_soon = self._sending.answer, self._sending.send, self._sending.send_soon
         name = transport.get_extra_info("peername")
         self.peer = grpc_peer(*name[:2]) if isinstance(name, tuple) else ""
-        self._transport.write(_GREETING)
         self._pulse = Pulse(
             self._loop,
             greeted=lambda: self._reader.greeted,
@@ -133,6 +132,7 @@ class Connection(asyncio.Protocol):
         """Take no more calls; close when those that run have ended."""
         if not self._leaving and not self.deaf:
             self._leaving = True
+            self.on_greeting()
             self._transport.write(frames.goaway(self._last, Code.NO_ERROR))
             self._close_if_done()
 
@@ -177,6 +177,12 @@ class Connection(asyncio.Protocol):
         """End a call that is not to go on, whatever of it is still to be sent."""
         self._send_reset(stream.number, code)
         self._abandon(stream)
+
+    def on_greeting(self) -> None:
+        """Greet in turn. Not before: who speaks HTTP/1 is to understand what it is told."""
+        if not self._has_greeted:
+            self._has_greeted = True
+            self._transport.write(_GREETING)
 
     def on_data(self, number: int, payload: bytes, size: int, ended: bool) -> None:
         """Give a part of a body to its call."""
@@ -320,6 +326,7 @@ class Connection(asyncio.Protocol):
 
     def _fail(self, code: Code, text: str) -> None:
         """Say what the peer did wrong, and close."""
+        self.on_greeting()
         self._transport.write(frames.goaway(self._last, code, text))
         self._close(_LINGER_SECONDS)
         self._abandon_all()

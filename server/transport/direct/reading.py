@@ -25,6 +25,9 @@ class Hearer(Protocol):
     deaf: bool
     """Whether it hears nothing any more."""
 
+    def on_greeting(self) -> None:
+        """The peer speaks HTTP/2."""
+
     def on_data(self, number: int, payload: bytes, size: int, ended: bool) -> None:
         """A part of a body, which had `size` bytes with its padding."""
 
@@ -80,8 +83,10 @@ class Reader:
         # With the first frame's type and flags: settings are a part of the greeting.
         then = data[len(frames.PREFACE) + _KIND : len(frames.PREFACE) + _KIND + 2]
         self.greeted = len(then) == 2
-        if self.greeted and (then[0] != frames.SETTINGS or then[1] & frames.ACK):
-            raise ConnectionFault(Code.PROTOCOL_ERROR, "the first frame is not SETTINGS")
+        if self.greeted:
+            self._hearer.on_greeting()
+            if then[0] != frames.SETTINGS or then[1] & frames.ACK:
+                raise ConnectionFault(Code.PROTOCOL_ERROR, "the first frame is not SETTINGS")
         return len(first)
 
     def _frames(self, data: bytes, at: int) -> int:
