@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from layercast.models.export.writer import Written
     from layercast.models.manifest import Manifest
 
-_CLEAN_UP_SECONDS: Final = 2.0
+_CLEAN_UP_SECONDS: Final = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
