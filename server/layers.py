@@ -158,6 +158,12 @@ def check_size(
         )
 
 
+def check_answer(size: int, limit: int, cure: str) -> None:
+    """Raise ResourceExhausted for an answer of so many bytes, serialised, that no message holds; `cure` is the fix."""
+    if size > limit:
+        raise ResourceExhausted(f"the answer takes {size:,} bytes, a message holds {limit:,}; {cure}")
+
+
 def check_feature_bytes(
     manifest: Manifest, taps: Sequence[Tap], rows: int, length: int | None, settings: ModelSettings
 ) -> None:

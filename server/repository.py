@@ -200,7 +200,7 @@ class Repository(Index):
     def _take_place(self, entry: Version, loaded: Loaded) -> None:
         """Let `loaded` answer from the next request on; what answered until now ends what it has admitted."""
         old = entry.model
-        entry.model = ServedModel(loaded, self._monitor(entry, loaded), self._settings.front_end != "grpcio")
+        entry.model = ServedModel(loaded, self._monitor(entry, loaded), self._settings.hands_over_together)
         entry.state, entry.failed, entry.reason = "READY", False, loaded.note
         self._counted_on.add(entry.name)
         if old:

@@ -209,6 +209,11 @@ class Settings(ModelSettings, BaseSettings):
         """The largest message, in bytes."""
         return self.max_message_mb << 20
 
+    @property
+    def hands_over_together(self) -> bool:
+        """Whether the front end gives the batcher in one go all that came while the event loop was busy."""
+        return self.front_end != "grpcio"
+
     def for_model(self, directory: Path) -> ModelSettings:
         """Return the settings of the model in `directory` (`<repository>/<model>`)."""
         values: dict[str, Any] = {name: getattr(self, name) for name in ModelSettings.model_fields}

@@ -1,15 +1,13 @@
 """Plain requests of a stream that came together: queued as one work, and each answered as if it had come alone."""
 
-import asyncio
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from layercast.server.batching.waiting import Waiting
-from layercast.server.errors import DeadlineCancelled, Evicted, OutOfMemory, ServingError
+from layercast.server.errors import Evicted, OutOfMemory, ServingError
 from layercast.server.service.answering import LARGE, begin, failed, succeeded
 from layercast.server.service.heads import Known
-from layercast.server.service.short import Short, Told
+from layercast.server.service.short import Queued, Short, Told
 from layercast.server.work import Answer, Array, Course, Terms
 
 C = TypeVar("C", bound=Told)
@@ -40,15 +38,15 @@ def bunches(requests: Iterable[Asked[C]]) -> Iterator[list[Asked[C]]]:
         yield bunch
 
 
-class Bunch:
+class Bunch(Queued):
     """Requests of one form, counted and queued; the asker of their work. They came at `start`."""
 
     __slots__ = (
-        "_alone", "_calls", "_done", "_form", "_id_fields", "_inputs", "_model", "_shared_ns", "_start", "_terms",
-        "_waiting",
+        "_alone", "_calls", "_form", "_id_fields", "_inputs", "_model", "_shared_ns", "_start", "_terms",
     )  # fmt: skip
 
     def __init__(self, requests: Sequence[Asked[Any]], start: int) -> None:
+        super().__init__()
         self._model, self._form = requests[0].known.model, requests[0].known.form
         self._calls: list[Told] = [asked.call for asked in requests]
         self._id_fields = [asked.known.id_field for asked in requests]
@@ -59,8 +57,6 @@ class Bunch:
         self._shared_ns = 0
         self._inputs: Mapping[str, Array] = {}
         self._terms = _NO_TERMS
-        self._waiting: Waiting | None = None
-        self._done = False
         self._alone: list[Short] = []
 
     def queue(self, inputs: Mapping[str, Array], terms: Terms) -> None:
@@ -76,10 +72,6 @@ class Bunch:
             self._waiting = self._model.enqueue(inputs, form.rows * many, group, own, self)
         except Exception as error:
             self._fail(error)
-
-    def done(self) -> bool:
-        """Tell whether the requests have ended, or go on alone."""
-        return self._done
 
     def set_result(self, answer: Answer) -> None:
         """Encode the answers and tell the calls."""
@@ -116,11 +108,9 @@ class Bunch:
             short.cancel(late)
         if self._done:
             return
-        if self._waiting:
-            self._waiting.left(late)
-        self._over()
+        end = self._withdraw(late)
         for call in self._calls:
-            failed(self._model, "predict", DeadlineCancelled() if late else asyncio.CancelledError(), self._start)
+            failed(self._model, "predict", end, self._start)
             call.left(late)
 
     def _part(self, last: Exception | None = None) -> None:
@@ -145,7 +135,5 @@ class Bunch:
             call.failed(error)
 
     def _over(self) -> None:
-        self._done = True
         self._inputs = {}
-        if self._waiting:
-            self._waiting.over()
+        super()._over()

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from layercast.proto.codec import decode_inputs, fill_outputs, is_typed
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
-from layercast.server.errors import ResourceExhausted
+from layercast.server.layers import check_answer
 from layercast.server.model import ServedModel
 from layercast.server.monitor import Kind
 from layercast.server.service import scopes
@@ -186,12 +186,8 @@ class InferenceService:
         _fill(response, request, model, asked, answered)
         # Texts, and typed numbers, have no size that is known before; everything else was checked before it ran.
         if asked.typed or any(output.datatype == "BYTES" for output in response.outputs):
-            size, limit = response.ByteSize(), self._answering.max_bytes
-            if size > limit:
-                raise ResourceExhausted(
-                    f"the answer takes {size:,} bytes, a message holds {limit:,}; "
-                    "send fewer rows, or raw bytes in place of typed contents"
-                )
+            cure = "send fewer rows, or raw bytes in place of typed contents"
+            check_answer(response.ByteSize(), self._answering.max_bytes, cure)
 
 
 def _fill(

@@ -31,21 +31,46 @@ class Told(Protocol):
         """The caller had gone, or else (`late`) its deadline was over."""
 
 
-class Short:
+class Queued:
+    """A work that was queued without a task: whether it has ended, and what is to be done where it waits."""
+
+    __slots__ = ("_done", "_waiting")
+
+    def __init__(self) -> None:
+        self._waiting: Waiting | None = None
+        self._done = False
+
+    def done(self) -> bool:
+        """Tell whether nobody waits any more."""
+        return self._done
+
+    def _over(self) -> None:
+        self._done = True
+        if self._waiting:
+            self._waiting.over()
+
+    def _withdraw(self, late: bool) -> BaseException:
+        """Let no row wait, the caller having gone, or else (`late`) its deadline being over; return how that ends."""
+        if self._waiting:
+            self._waiting.left(late)
+        self._over()
+        return DeadlineCancelled() if late else asyncio.CancelledError()
+
+
+class Short(Queued):
     """One request, counted and queued; the asker of its work. It came at `start`."""
 
-    __slots__ = ("_call", "_decoded", "_done", "_known", "_start", "_waiting")
+    __slots__ = ("_call", "_decoded", "_known", "_start")
 
     def __init__(self, known: Known, start: int, call: Told, again: bool = False) -> None:
         """`again` is for one that was begun, and counted, together with others."""
+        super().__init__()
         if not again:
             call.begun(known.id_field)
             begin(known.model)
         self._known = known
         self._call = call
         self._start = self._decoded = start
-        self._waiting: Waiting | None = None
-        self._done = False
 
     def queue(self, inputs: Mapping[str, Array], terms: Terms) -> None:
         """Queue the rows, no more than the model's largest batch; what refuses them is told as any other end."""
@@ -58,10 +83,6 @@ class Short:
             self._waiting = model.enqueue(inputs, form.rows, form.group, terms, self)
         except Exception as error:
             self._fail(error)
-
-    def done(self) -> bool:
-        """Tell whether the request has ended."""
-        return self._done
 
     def set_result(self, answer: Answer) -> None:
         """Encode the answer and tell the call."""
@@ -87,20 +108,11 @@ class Short:
 
     def cancel(self, late: bool) -> None:
         """The caller has gone, or else (`late`) its deadline is over. Nothing is told any more, and no row waits."""
-        if self._done:
-            return
-        if self._waiting:
-            self._waiting.left(late)
-        self._over()
-        failed(self._known.model, "predict", DeadlineCancelled() if late else asyncio.CancelledError(), self._start)
-        self._call.left(late)
+        if not self._done:
+            failed(self._known.model, "predict", self._withdraw(late), self._start)
+            self._call.left(late)
 
     def _fail(self, error: Exception) -> None:
         self._over()
         failed(self._known.model, "predict", error, self._start)
         self._call.failed(error)
-
-    def _over(self) -> None:
-        self._done = True
-        if self._waiting:
-            self._waiting.over()

@@ -9,7 +9,7 @@ from layercast.models.manifest import Manifest
 from layercast.proto.codec import DATATYPES, fill_outputs
 from layercast.proto.fields import mark, varint
 from layercast.proto.messages import InferParameter, ModelInferRequest, ModelInferResponse
-from layercast.server.errors import ResourceExhausted
+from layercast.server.layers import check_answer
 from layercast.server.service.answering import Answered, tell_times
 from layercast.server.work import Array
 
@@ -99,10 +99,7 @@ class Template:
         fill_outputs(response, [(name, datatype, outputs[name]) for name, datatype in self._outputs], typed=False)
         tell_times(response, answered)
         content = response.SerializeToString()
-        if len(content) > self._limit:
-            raise ResourceExhausted(
-                f"the answer takes {len(content):,} bytes, a message holds {self._limit:,}; send fewer rows"
-            )
+        check_answer(len(content), self._limit, "send fewer rows")
         return content
 
 

@@ -92,7 +92,7 @@ class ShortCall:
 
     def left(self, late: bool) -> None:
         """Count the call; nobody is there to be told."""
-        self._counted.ended(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, self._start)
+        self._counted.left(late, self._start)
 
     def _tell(self, content: bytes | None, failed: Reply | None) -> None:
         try:

@@ -38,8 +38,7 @@ class Counted:
         try:
             result = await body
         except asyncio.CancelledError as gone:
-            late = isinstance(gone, DeadlineCancelled)
-            self.ended(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, start)
+            self.left(isinstance(gone, DeadlineCancelled), start)
             raise
         except grpc.aio.AbortError:
             self.ended(context.code(), start)
@@ -64,6 +63,10 @@ class Counted:
         self.sent.inc()
         self._ok.inc()
         self._duration.observe(time.perf_counter() - start)
+
+    def left(self, late: bool, start: float) -> None:
+        """Count a call whose caller has gone, or else (`late`) whose deadline was over."""
+        self.ended(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, start)
 
     def ended(self, code: grpc.StatusCode, start: float) -> None:
         """Count the end of a call that began at `start`."""

@@ -14,7 +14,6 @@ from layercast.server.transport.rpc_call import Cause, RpcCall
 from layercast.server.transport.status import reply
 
 LEAVING: Final = "the server is shutting down"
-_STATUS: Final = {Cause.LATE: grpc.StatusCode.DEADLINE_EXCEEDED, Cause.STOPPED: grpc.StatusCode.UNAVAILABLE}
 
 
 class _Details(NamedTuple):
@@ -53,15 +52,13 @@ class Handlers:
         except grpc.aio.AbortError:
             pass
         except asyncio.CancelledError:
-            status = _STATUS.get(call.cause) if call.cause else None
             task = asyncio.current_task()
-            if call.cause is None or status is None or task is None:
+            if call.cause in (None, Cause.GONE) or task is None:
                 raise
             task.uncancel()
-            call.status = (status.value[0], call.cause.value, ())
+            call.cut(call.cause)
         except Exception as error:
-            failed = reply(error, path)
-            call.status = (failed.code.value[0], failed.message, failed.trailers)
+            call.fail(reply(error, path))
 
     async def _handler(self, call: RpcCall, path: str) -> Any:
         if not self._interceptors:

@@ -13,6 +13,7 @@ import grpc
 from layercast.server.errors import InvalidArgument, Unimplemented
 from layercast.server.transport.framing import Frames, Pairs, framed, too_large
 from layercast.server.transport.inflate import WINDOW_BITS, Broken, TooLarge, inflate
+from layercast.server.transport.status import Reply
 from layercast.server.transport.timeouts import seconds_of
 
 # Inflating more than this would hold up other calls, and an answer of more may wait for its reader.
@@ -44,18 +45,21 @@ class Cause(Enum):
     STOPPED = "the server is shutting down"
 
 
+_STATUS: Final = {Cause.LATE: grpc.StatusCode.DEADLINE_EXCEEDED, Cause.STOPPED: grpc.StatusCode.UNAVAILABLE}
+
+
 class RpcCall(ABC):
     """Reads the messages of a call and writes its answers.
 
     It has what our handlers use of `grpc.aio.ServicerContext`. `ready` returns the next message if it is there, whole
     and not compressed, or None. `together` tells whether whatever came while the event loop was busy is there at once.
-    `encode` makes bytes of what the handler sends, if it doesn't itself; `cause` is set once the call is cancelled;
-    `status` is what it ends with: code, text, trailers.
+    `encode` makes bytes of what the handler sends, if it doesn't itself; `outgoing` is what was written and is still to
+    be sent; `cause` is set once the call is cancelled; `status` is what it ends with: code, text, trailers.
     """
 
     __slots__ = (
-        "_body_ended", "_code", "_frames", "_headers", "_limit", "_loop", "_pairs", "_task", "_waiter", "_whole",
-        "cause", "deadline", "encode", "ready", "status",
+        "_body_ended", "_code", "_frames", "_headers", "_limit", "_loop", "_pairs", "_room", "_task", "_waiter",
+        "_whole", "cause", "deadline", "encode", "outgoing", "ready", "status",
     )  # fmt: skip
 
     together: ClassVar[bool] = False
@@ -68,9 +72,11 @@ class RpcCall(ABC):
         self.ready = self._frames.next_plain
         self._task: asyncio.Task[Any] | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
         self._body_ended = False
         self._whole: bytes | None = None
         self._code: grpc.StatusCode | None = None
+        self.outgoing = bytearray()
         self.status: tuple[int, str, Pairs] = (0, "", ())
         self.encode: Callable[[Any], bytes] | None = None
         self.cause: Cause | None = None
@@ -142,6 +148,25 @@ class RpcCall(ABC):
     def answer(self, message: Any) -> None:
         """Keep the one message of a call, which goes out with the end."""
         self._whole = self._framed(message)
+
+    def fail(self, failed: Reply) -> None:
+        """Let the call end with this status."""
+        self.status = (failed.code.value[0], failed.message, failed.trailers)
+
+    def cut(self, cause: Cause) -> None:
+        """Let the call end with the status of `cause`; KeyError for one whose caller is not there to be told."""
+        self.status = (_STATUS[cause].value[0], cause.value, ())
+
+    def make_room(self) -> None:
+        """Some of what was written has been sent: let the writer go on if little is left."""
+        if self._room and not self._room.done() and len(self.outgoing) <= AHEAD:
+            self._room.set_result(None)
+
+    async def _has_room(self) -> None:
+        """Wait until little of what was written is left to be sent."""
+        while len(self.outgoing) > AHEAD:
+            self._room = self._loop.create_future()
+            await self._room
 
     def cancel(self, cause: Cause) -> None:
         """End the handler."""

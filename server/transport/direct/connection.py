@@ -218,7 +218,7 @@ class Connection(asyncio.Protocol):
             self._last = number
             self._open(number, head, ended)
 
-    def on_reset(self, number: int, _: bytes) -> None:
+    def on_reset(self, number: int) -> None:
         """End a call that the peer has given up."""
         if stream := self._streams.get(number):
             self._abandon(stream)
@@ -271,10 +271,7 @@ class Connection(asyncio.Protocol):
         else:
             stream = Stream(self, number, head, self._owner.limit, self._sending.first_window)
             self._streams[number] = stream
-            if head.path in self.short:
-                stream.wait()
-            else:
-                stream.run()
+            stream.start()
             if ended:
                 stream.end_body()
 

@@ -34,7 +34,7 @@ class Hearer(Protocol):
     def on_headers(self, number: int, head: Head, ended: bool) -> None:
         """Headers, or trailers, of a stream."""
 
-    def on_reset(self, number: int, payload: bytes) -> None:
+    def on_reset(self, number: int) -> None:
         """The peer wants no more of a stream."""
 
     def on_settings(self, values: list[tuple[int, int]]) -> None:
@@ -148,9 +148,9 @@ class Reader:
         if not number:
             raise ConnectionFault(Code.PROTOCOL_ERROR, "PRIORITY without a stream")
 
-    def _reset(self, number: int, _: int, payload: bytes) -> None:
+    def _reset(self, number: int, *_: object) -> None:
         self._calm.spend()
-        self._hearer.on_reset(number, payload)
+        self._hearer.on_reset(number)
 
     def _settings(self, number: int, flags: int, payload: bytes) -> None:
         self._calm.spend()

@@ -5,8 +5,6 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-import grpc
-
 from layercast.server.batching.policy import late_from
 from layercast.server.errors import InvalidArgument
 from layercast.server.transport.calls import Begun
@@ -34,9 +32,9 @@ class Stream(RpcCall):
     """A call, and the flow control of its two directions."""
 
     __slots__ = (
-        "_begun", "_connection", "_missing", "_owed", "_path", "_pieces", "_room", "_since", "_timer", "_untaken",
+        "_begun", "_connection", "_missing", "_owed", "_path", "_pieces", "_since", "_timer", "_untaken",
         "_was_answered",
-        "ending", "number", "outgoing", "receivable", "sendable", "started",
+        "ending", "number", "receivable", "sendable", "started",
     )  # fmt: skip
 
     together: ClassVar[bool] = True
@@ -52,14 +50,12 @@ class Stream(RpcCall):
         self._begun: Begun | None = None
         self._was_answered = False
         self._timer: asyncio.TimerHandle | None = None
-        self._room: asyncio.Future[None] | None = None
         self._since = self._loop.time()
         # Bytes that came and were not yet allowed again, of this stream and of the connection.
         self._owed = self._untaken = 0
         self.number = number
         self.receivable = WINDOW
         self.sendable = sendable
-        self.outgoing = bytearray()
         self.started = False
         self.ending: bytes | None = None
 
@@ -73,8 +69,11 @@ class Stream(RpcCall):
         if self.deadline is not None and self._timer is None:
             self._timer = self._loop.call_at(self.deadline + _GRACE, self.end, Cause.LATE)
 
-    def wait(self) -> None:
-        """Let the message come, until the deadline at most."""
+    def start(self) -> None:
+        """Let the message come, until the deadline at most, where there is a short path; or else the handler answer."""
+        if self._pieces is None:
+            self.run()
+            return
         try:
             self.start_clock(self._since)
         except InvalidArgument:  # the deadline can't be read, as the handler will say
@@ -131,20 +130,9 @@ class Stream(RpcCall):
         for message in messages:
             self.outgoing += self._framed(message)
             if len(self.outgoing) > AHEAD:
-                await self._sent()
+                self._connection.send_soon(self)
+                await self._has_room()
         self._connection.send_soon(self)
-
-    async def _sent(self) -> None:
-        """Wait until little of what was written is left to be sent."""
-        self._connection.send_soon(self)
-        while len(self.outgoing) > AHEAD:
-            self._room = self._loop.create_future()
-            await self._room
-
-    def make_room(self) -> None:
-        """Some of what was written has gone."""
-        if self._room and not self._room.done() and len(self.outgoing) <= AHEAD:
-            self._room.set_result(None)
 
     def end(self, cause: Cause) -> None:
         """End the call before its time."""
@@ -164,8 +152,7 @@ class Stream(RpcCall):
             # A caller whose deadline is over resets the call, often before the deadline is over here.
             begun.cancel(late=self._loop.time() >= late_from(self.deadline, self._since))
         if cause is not Cause.GONE:
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if cause is Cause.LATE else grpc.StatusCode.UNAVAILABLE
-            self.status = (code.value[0], cause.value, ())
+            self.cut(cause)
             self._finish()
 
     def close(self) -> None:
@@ -219,7 +206,7 @@ class Stream(RpcCall):
         except Exception as error:  # it is larger than a message may be
             failed = reply(error, self._path)
         if failed:
-            self.status = (failed.code.value[0], failed.message, failed.trailers)
+            self.fail(failed)
         self._finish()
 
     async def _run(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final, cast
 
 from layercast.server.transport.framing import status_headers
-from layercast.server.transport.rpc_call import AHEAD, HEADERS, LARGE, Cause, RpcCall, grpc_peer
+from layercast.server.transport.rpc_call import HEADERS, LARGE, Cause, RpcCall, grpc_peer
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -19,8 +19,7 @@ class EnvoyContext(RpcCall):
     """A call that Envoy hands over."""
 
     __slots__ = (
-        "_coming", "_ended", "_outgoing", "_receive", "_room", "_scope", "_send", "_sending", "_started",
-        "looked",
+        "_coming", "_ended", "_receive", "_scope", "_send", "_sending", "_started", "looked",
     )  # fmt: skip
 
     def __init__(self, scope: Event, headers: Mapping[bytes, bytes], receive: Receive, send: Send, limit: int) -> None:
@@ -30,9 +29,7 @@ class EnvoyContext(RpcCall):
         self._task = cast("asyncio.Task[Any]", asyncio.current_task())
         self._coming: asyncio.Future[Event] | None = None
         self._started = self._ended = False
-        self._outgoing = bytearray()
         self._sending: asyncio.Future[None] | None = None
-        self._room: asyncio.Future[None] | None = None
         self.looked = self._loop.time()
 
     def peer(self) -> str:
@@ -46,13 +43,11 @@ class EnvoyContext(RpcCall):
         if not self._started:
             self._started = True
             await self._send(_START)
-        if not self._outgoing and self._sending is None:
+        if not self.outgoing and self._sending is None:
             # A moment later, together with what else is ready by then: each time, a thread of Envoy is woken.
             self._loop.call_soon(self._send_on)
-        self._outgoing += frame
-        while len(self._outgoing) > AHEAD:
-            self._room = self._loop.create_future()
-            await self._room
+        self.outgoing += frame
+        await self._has_room()
 
     @property
     def is_large(self) -> bool:
@@ -69,7 +64,7 @@ class EnvoyContext(RpcCall):
             return
         headers = status_headers(*self.status)
         if self._started:
-            await send({"type": "http.response.body", "body": bytes(self._outgoing)})
+            await send({"type": "http.response.body", "body": bytes(self.outgoing)})
             await send({"type": "http.response.trailers", "headers": headers})
         else:
             await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *headers]})
@@ -89,9 +84,9 @@ class EnvoyContext(RpcCall):
 
     def _send_on(self) -> None:
         """Send what was written, unless there is an end already or Envoy has not yet taken what was sent before."""
-        if self._outgoing and self._sending is None and not self._ended:
-            event = {"type": "http.response.body", "body": bytes(self._outgoing), "more_body": True}
-            self._outgoing.clear()
+        if self.outgoing and self._sending is None and not self._ended:
+            event = {"type": "http.response.body", "body": bytes(self.outgoing), "more_body": True}
+            self.outgoing.clear()
             # A future; an error where the caller has left before.
             self._sending = asyncio.ensure_future(self._send(event))
             self._sending.add_done_callback(self._sent)
@@ -101,9 +96,8 @@ class EnvoyContext(RpcCall):
         if sending.exception():  # pyvoy's ClientDisconnectedError
             self.cancel(Cause.GONE)
             return
-        if self._room and not self._room.done():
-            self._room.set_result(None)
         self._send_on()
+        self.make_room()
 
     def _ask(self) -> None:
         if self._coming:
