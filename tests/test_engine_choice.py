@@ -14,7 +14,7 @@ from test_server_inference import offline, request, rows_for, values_of
 
 from layercast.models.manifest import Manifest
 from layercast.proto.messages import ModelConfigRequest, ModelMetadataRequest
-from layercast.server import banner, environment
+from layercast.server import banner, environment, tapping
 from layercast.server.engines import remembered, timing
 from layercast.server.engines.choice import Buckets, Candidate, Choice, ChosenEngine
 from layercast.server.engines.source import Source
@@ -145,6 +145,15 @@ def test_with_onnx_set_only_its_threads_are_measured(artefact, tmp_path, timed):
     assert timed.tried == [[ONE, TWO]]
     assert loaded(artefact, tmp_path, threads=1, engine="onnx").engines == "onnx (1 thread)"
     assert len(timed.tried) == 1
+
+
+@pytest.mark.parametrize(("chosen", "threads"), [(ONE, 1), (TWO, 2), (EAGER, 2)], ids=str)
+def test_parts_of_the_program_compute_with_as_many_threads_as_the_whole(artefact, timed, monkeypatch, chosen, threads):
+    timed.chosen = (chosen,)
+    found = []
+    monkeypatch.setattr(tapping, "program", lambda *arguments: found.append(arguments[3]))
+    loaded(artefact, None)
+    assert found == [threads]
 
 
 def test_engines_that_run_nothing_leave_memory(artefact, timed, monkeypatch):
