@@ -26,6 +26,7 @@ from layercast.server.engines.timing import durations
 from layercast.server.errors import OutOfMemory
 from layercast.server.inline import inline_rows
 from layercast.server.model import Loaded
+from layercast.server.processors import denormals_are_zero
 from layercast.server.restrict import restricted, without_silent
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
@@ -39,6 +40,7 @@ class LoadError(Exception):
     """A version can't be served; the text says why, without paths, since clients read it in the repository index."""
 
 
+@denormals_are_zero()
 def load(
     directory: Path, settings: ModelSettings, threads: int, trust: Trust = NO_TRUST, choices: Path | None = None
 ) -> Loaded:

@@ -38,7 +38,7 @@ class Team:
 
     def __init__(self, threads: int) -> None:
         self.size = threads
-        self._pool = ThreadPoolExecutor(threads, "layercast-timed", torch.set_num_threads, (1,))
+        self._pool = ThreadPoolExecutor(threads, "layercast-timed", _alone)
 
     def __call__(self, run: Run, inputs: Inputs) -> None:
         """Run `inputs` in every thread; raises what one of them raises."""
@@ -48,6 +48,11 @@ class Team:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
 
 
 def gain(
