@@ -26,7 +26,7 @@ def prepare(threads: int, instances: int, on_card: bool, at: int) -> None:
 def denormals_are_zero() -> Iterator[None]:
     """Let this thread, and those that it starts, take numbers below 1e-38 for zero.
 
-    Attention gives many of them, and a processor takes a hundred times as long over one: up to half of a forward.
+    Attention gives many of them, and a processor computes far more slowly with them: up to half of a forward.
     """
     torch.set_flush_denormal(True)
     try:

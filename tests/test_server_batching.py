@@ -15,6 +15,7 @@ from test_server_inference import assert_answers, offline, request, rows_for, va
 from test_server_operations import get, samples, value
 
 from layercast.proto.messages import ModelConfigRequest
+from layercast.server import environment
 
 
 def test_the_configuration_shows_what_is_set(repository, tmp_path):
