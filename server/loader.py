@@ -75,7 +75,9 @@ def load(
     # A part of the program would give layers in float32.
     reads = "eager" if settings.precision == "bf16" else settings.engine
     manifest = restricted(manifest, settings)  # first: nothing is compiled for layers that nobody may ask for
-    program = tapping.program(directory, manifest, devices[0], own, reads)
+    # A part of the program computes as the whole does: with as many threads as that was measured to be worth.
+    several = next((candidate.threads for candidate in choice.used if candidate.engine == "onnx"), own)
+    program = tapping.program(directory, manifest, devices[0], several, reads)
     readers = [tapping.chosen(engines.eager, program, recorded, len(every)) for engines in every]
     manifest, note = _shown(source, manifest, first.eager, readers[0], recorded)
     for engine in dict.fromkeys(engine for engines in every for engine in engines.fast.values()):

@@ -164,18 +164,29 @@ class ServedModel:
         works = [self._work(part, count, taps, predict, edits) for part, count in _parts(inputs, rows, most)]
         return await self.batcher.submit(works, terms)
 
-    def group(self, inputs: Mapping[str, Array]) -> Group:
-        """Return what inputs of these shapes have in common in the queue, when only the outputs are asked for."""
-        return self._group(inputs, self._dynamic_outputs)
+    def group(self, inputs: Mapping[str, Array], exact: bool = False) -> Group:
+        """Return what inputs of these shapes have in common in the queue; `exact` when layers are asked for."""
+        # Padding that comes from a neighbour would change the shape of a layer's values, and some reducers' results.
+        return self._group(inputs, exact or self._dynamic_outputs)
 
     def takes_together(self, rows: int, size: int) -> bool:
         """Tell whether plain requests of one group, of so many rows and bytes, may be queued as one work."""
         return self._batching and rows <= self.loaded.settings.max_batch and self.batcher.takes_together(rows, size)
 
-    def enqueue(self, inputs: Mapping[str, Array], rows: int, group: Group, terms: Terms, asker: Asker) -> Waiting:
-        """Queue rows for the model's outputs, no more than the largest batch, to be answered through `asker`."""
+    def enqueue(
+        self,
+        inputs: Mapping[str, Array],
+        rows: int,
+        group: Group,
+        terms: Terms,
+        asker: Asker,
+        taps: tuple[Tap, ...] = (),
+        predict: bool = True,
+    ) -> Waiting:
+        """Queue rows, no more than the largest batch, to be answered through `asker`."""
         key = group.key if self._batching else object()
-        return self.batcher.enqueue([Work(inputs, rows, key, group.bytes, group.length, asker=asker)], terms)
+        work = Work(inputs, rows, key, group.bytes, group.length, taps, predict, asker=asker)
+        return self.batcher.enqueue([work], terms)
 
     def _work(
         self,
@@ -185,8 +196,7 @@ class ServedModel:
         predict: bool,
         edits: tuple[Planned, ...],
     ) -> Work:
-        # Padding that comes from a neighbour would change the shape of a layer's values, and some reducers' results.
-        group = self._group(inputs, bool(taps or edits) or self._dynamic_outputs)
+        group = self.group(inputs, exact=bool(taps or edits))
         key = group.key if self._batching else object()
         if edits:
             # Among themselves: others keep the fastest engine, and see no trace of an edit, not even in rounding.

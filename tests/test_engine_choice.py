@@ -15,7 +15,7 @@ from test_server_inference import offline, request, rows_for, values_of
 
 from layercast.models.manifest import Manifest
 from layercast.proto.messages import ModelConfigRequest, ModelMetadataRequest
-from layercast.server import banner, environment
+from layercast.server import banner, environment, tapping
 from layercast.server.engines import instances, remembered, selection, timing
 from layercast.server.engines.choice import Buckets, Candidate, Choice, ChosenEngine
 from layercast.server.engines.source import Source
@@ -223,6 +223,15 @@ def test_layers_read_by_one_instance_are_no_business_of_another(artefact, timed)
     np.testing.assert_allclose(outputs["output"], tiny.expected(1, tiny.ROWS), atol=1e-5)
     assert list(taps) == [Tap(layer)]
     assert hooks[-1] == 0
+
+
+@pytest.mark.parametrize(("chosen", "threads"), [(ONE, 1), (TWO, 2), (EAGER, 2)], ids=str)
+def test_parts_of_the_program_compute_with_as_many_threads_as_the_whole(artefact, timed, monkeypatch, chosen, threads):
+    timed.chosen = (chosen,)
+    found = []
+    monkeypatch.setattr(tapping, "program", lambda *arguments: found.append(arguments[3]))
+    loaded(artefact, None)
+    assert found == [threads]
 
 
 def test_engines_that_run_nothing_leave_memory(artefact, timed, monkeypatch):
