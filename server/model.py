@@ -116,6 +116,7 @@ class ServedModel:
         # Each thread has its own number of threads in torch.
         prepare = partial(torch.set_num_threads, loaded.threads)
         limits = replace(loaded.limits, together=together)
+        self.gathers = self._batching and limits.gathers
         self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, prepare)
         self.streams = OpenStreams(self.manifest.name, loaded.limits.queue_bytes, monitor)
 

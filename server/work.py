@@ -58,7 +58,8 @@ class Terms:
     `deadline` is the caller's, in seconds on the event loop's clock. `timeout` is how many seconds the request lets
     itself wait in the queue; it may shorten the model's own limit, not extend it. `priority` is 1 for the highest
     level; 0, or a level that the model does not have, is the model's default. `peer` is who asks: peers share a model
-    evenly. `course` is what the parts share of a request that is queued part after part.
+    evenly. `course` is what the parts share of a request that is queued part after part. `waited_ns` is how long the
+    rows have waited already.
     """
 
     deadline: float | None = None
@@ -66,6 +67,7 @@ class Terms:
     priority: int = 0
     peer: str = ""
     course: Course | None = None
+    waited_ns: int = 0
 
 
 class Asker(Protocol):

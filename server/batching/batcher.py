@@ -84,6 +84,11 @@ class Batcher:
         apart = len(self._forwards) > 1 or self._limits.preferred
         return not (apart or self._draining) and self._admission.fits(rows, size)
 
+    def runs_at_once(self, rows: int, requests: int) -> bool:
+        """Tell whether so many rows of so many requests, if queued now, run on the event loop, in its next pass."""
+        idle = self._forwards.free and not (self._queue.held.works or self._held or self._limits.max_delay)
+        return bool(idle) and self._forwards.inline(rows, requests)
+
     async def submit(self, works: Sequence[Work], terms: Terms = _NOW) -> list[Answer]:
         """Queue the works of one request, all or none, and return their answers in order.
 
@@ -274,7 +279,8 @@ class Batcher:
         for work in batch.works:
             work.started = now
             self._observer.waited((now - work.arrived) / 1e9, work.requests)
-        return self._forwards.start(batch, here=self._patience.here)
+        gathered = any(work.requests > 1 for work in batch.works)
+        return self._forwards.start(batch, here=gathered or self._patience.here)
 
     def _look_after_delay(self, now: int) -> None:
         if oldest := self._queue.oldest():

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
@@ -25,7 +26,9 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Answer = Callable[[Any, Call], Awaitable[Message]]
 Answers = Callable[[Any, Call], AsyncGenerator[Message, None]]
 Ended = Callable[[bytes | None, Reply | None], None]
-"""Told how a call ended: the answer's bytes, or else the status of a failed one."""
+"""Told how a call ended: the answer's bytes, or else the status of a failed one.
+
+Neither if the call, which had to wait for others, is not of the common kind: then nothing was done or counted."""
 
 # A message of fewer bytes parses within a few milliseconds, whatever is in it.
 _LARGE: Final = 256 << 10
@@ -72,12 +75,16 @@ class ShortCall:
     def __init__(self, counted: Counted, ended: Ended) -> None:
         self._counted = counted
         self._ended = ended
-        self._start = 0.0
+        self._start = time.perf_counter()
 
     def begun(self, _: bytes) -> None:
         """Count the call and its message."""
-        self._start = self._counted.begun()
+        self._counted.begun()
         self._counted.received.inc()
+
+    def declined(self) -> None:
+        """Tell that the call is not answered here."""
+        self._tell(None, None)
 
     def answered(self, content: bytes) -> None:
         """Tell the answer."""
@@ -126,17 +133,17 @@ class UnaryRpc:
         if self._short:
             loop, due = asyncio.get_running_loop(), deadline(context)
             late = late_from(due, loop.time())
-            future: asyncio.Future[bytes | Reply] = loop.create_future()
-            if begun := self.begin(raw, due, context.peer(), partial(_settle, future)):
-                del raw  # what the rows need of it was taken
-                return await self._short_end(begun, future, late, context)
+            future: asyncio.Future[bytes | Reply | None] = loop.create_future()
+            begun = self.begin(raw, due, context.peer(), partial(_settle, future))
+            if begun and (answer := await self._short_end(begun, future, late, context)) is not None:
+                return answer
         body = self._body(raw, context)
         del raw  # which an error would keep
         return await self._counted.run(body, context)
 
     async def _short_end(
-        self, begun: Begun, future: "asyncio.Future[bytes | Reply]", late: float, context: Context
-    ) -> bytes:
+        self, begun: Begun, future: "asyncio.Future[bytes | Reply | None]", late: float, context: Context
+    ) -> bytes | None:
         try:
             end = await future
         except asyncio.CancelledError:
@@ -185,9 +192,9 @@ class ServerStreamRpc:
             raise
 
 
-def _settle(future: "asyncio.Future[bytes | Reply]", content: bytes | None, failed: Reply | None) -> None:
-    if not future.done() and (end := failed if content is None else content) is not None:
-        future.set_result(end)
+def _settle(future: "asyncio.Future[bytes | Reply | None]", content: bytes | None, failed: Reply | None) -> None:
+    if not future.done():
+        future.set_result(failed if content is None else content)
 
 
 async def send(context: Context, raw: bytes) -> None:
