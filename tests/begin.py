@@ -47,6 +47,7 @@ def served(
     metrics: Metrics,
     inputs: tuple[TensorSpec, ...] = ROWS_OF_TWO,
     outputs: tuple[TensorSpec, ...] = SUMS,
+    inline: tuple[int, int] = (0, 0),
     **settings: Any,
 ) -> ServedModel:
     """Return a model `m` of these inputs and outputs that answers what `function` gives."""
@@ -59,7 +60,9 @@ def served(
         files={"weights.safetensors": _ENTRY, "golden.safetensors": _ENTRY},
     )
     chosen = ModelSettings(**{"max_batch": 8, "max_delay_ms": 0, **settings})
-    loaded = Loaded(manifest, chosen, (Runner(manifest, Engine(function), None, None),), 1, 0.0, 0.0)
+    loaded = Loaded(
+        manifest, chosen, (Runner(manifest, Engine(function), None, None),), 1, 0.0, 0.0, inline_rows=inline
+    )
     return ServedModel(loaded, ModelMonitor(metrics, "m", "1", "cpu", loaded.limits))
 
 
@@ -113,7 +116,7 @@ class Subject:
         self.metrics = Metrics()
         self.model = served(function, self.metrics, **model)
         self.batcher = self.model.batcher
-        service = InferenceService(Answering(Shelf([self.model]), self.metrics, 1 << 20))  # type: ignore[arg-type]
+        self.service = service = InferenceService(Answering(Shelf([self.model]), self.metrics, 1 << 20))  # type: ignore[arg-type]
         counted = Counted(INFERENCE_SERVICE, "ModelInfer", self.metrics)
         begin = service.begin_model_infer if short else None
         self.rpc = UnaryRpc(INFERENCE["ModelInfer"], service.model_infer, counted, begin)

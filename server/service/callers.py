@@ -6,7 +6,8 @@ from typing import Final
 
 TICK_SECONDS: Final = 0.003
 """Without a request for so long, all are here. Event loops may count in whole milliseconds."""
-_LONGEST_NS: Final = 8_000_000
+_LONGEST_NS: Final = 12_000_000
+"""Who still comes after so long comes without end."""
 _PART: Final = 3 / 4
 """Of the callers, whose requests are worth waiting for. The others come while those are answered."""
 _GAP_NS: Final = 500_000

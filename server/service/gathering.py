@@ -27,7 +27,7 @@ class Declinable(Told, Protocol):
 
 
 class Gathered:
-    """A request that waits for others; later, the way to what answers it."""
+    """A request that waits for others; later, the way to what answers it. `raw` is kept for one that is declined."""
 
     __slots__ = ("_gathering", "begun", "call", "came", "deadline", "peer", "raw")
 
@@ -39,6 +39,10 @@ class Gathered:
         self.came = time.perf_counter_ns()
         self.begun: Short | Bunch | None = None
         self._gathering = gathering
+
+    def begun_as(self, work: Short | Bunch) -> None:
+        """The answer comes from there."""
+        self.begun, self.raw = work, b""  # what the rows need of it was taken
 
     @property
     def terms(self) -> Terms:
@@ -55,6 +59,12 @@ class Gathered:
         else:
             self.call.begun(b"")
             self.call.left(late)
+
+    def fail(self, error: Exception) -> None:
+        """End the call with an error, unless the answer comes from elsewhere."""
+        if self.begun is None:
+            self.call.begun(b"")
+            self.call.failed(error)
 
 
 Begin = Callable[[Sequence[Gathered]], None]
@@ -118,4 +128,8 @@ class Gathering:
             self._tick = None
         waiting, self._waiting, self._bytes = list(self._waiting), {}, 0
         self._callers.ran(len(waiting))
-        self._begin(waiting)
+        try:
+            self._begin(waiting)
+        except Exception as error:
+            for each in waiting:
+                each.fail(error)

@@ -46,6 +46,7 @@ class InferenceService:
 
     def __init__(self, answering: Answering) -> None:
         self._answering = answering
+        self._gathers = False  # until one model does
         self._heads = Heads(answering.ready_model, self._gathering)
         self._plain: WeakKeyDictionary[ServedModel, Plain] = WeakKeyDictionary()
 
@@ -68,8 +69,7 @@ class InferenceService:
         """
         if len(raw) >= LARGE or not scopes.has(scopes.PREDICT):
             return None
-        gathering = self._heads.gathering(raw)
-        if gathering and gathering.takes(deadline):
+        if self._gathers and (gathering := self._heads.gathering(raw)) and gathering.takes(deadline):
             return gathering.take(raw, deadline, peer, call)
         known = self._heads.known(raw) or self._parsed(raw)
         return self.begin(known, deadline, peer, call) if known else None
@@ -110,17 +110,20 @@ class InferenceService:
         return short
 
     def _gathering(self, model: ServedModel) -> Gathering | None:
+        self._gathers = self._gathers or model.gathers
         return Gathering(self._begin_gathered, model.loaded.settings.max_batch) if model.gathers else None
 
     def _begin_gathered(self, waiting: Sequence[Gathered]) -> None:
         """Begin to answer requests that have waited for each other; decline those that are not plain and right."""
-        found = self._heads.all_known([each.raw for each in waiting])
+        heads = self._heads.all_known([each.raw for each in waiting])
+        found = [one or self._parsed(each.raw) for each, one in zip(waiting, heads, strict=True)]
         known = [each for each in found if each]
         if len(known) == len(waiting) and _begin_at_once(waiting, known):
             return
         for each, one in zip(waiting, found, strict=True):
-            each.begun = self._begin_on(each.terms, one, each.call) if one else None
-            if each.begun is None:
+            if one and (short := self._begin_on(each.terms, one, each.call)):
+                each.begun_as(short)
+            else:
                 each.call.declined()
 
     def _parsed(self, raw: bytes) -> Known | None:
@@ -235,7 +238,7 @@ def _begin_at_once(waiting: Sequence[Gathered], known: Sequence[Known]) -> bool:
     asked = [Asked(one, b"", each.call) for one, each in zip(known, waiting, strict=True)]
     bunch = Bunch(asked, time.perf_counter_ns() - waited_ns)
     for each in waiting:
-        each.begun = bunch
+        each.begun_as(bunch)
     bunch.queue(inputs, Terms(peer=terms[0].peer, waited_ns=waited_ns), terms)
     return True
 

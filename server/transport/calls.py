@@ -17,6 +17,7 @@ from layercast.proto.rpc import Method
 from layercast.server.batching.policy import late_from
 from layercast.server.errors import DeadlineCancelled, InvalidArgument, ResourceExhausted
 from layercast.server.service.call import Call
+from layercast.server.service.gathering import Gathered
 from layercast.server.transport.counted import Context, Counted, abort
 from layercast.server.transport.status import Reply, reply
 
@@ -132,24 +133,24 @@ class UnaryRpc:
     async def _handle(self, raw: bytes, context: Context) -> bytes:
         if self._short:
             loop, due = asyncio.get_running_loop(), deadline(context)
-            late = late_from(due, loop.time())
+            since = loop.time()
             future: asyncio.Future[bytes | Reply | None] = loop.create_future()
-            begun = self.begin(raw, due, context.peer(), partial(_settle, future))
-            if begun and (answer := await self._short_end(begun, future, late, context)) is not None:
-                return answer
+            if begun := self.begin(raw, due, context.peer(), partial(_settle, future)):
+                del raw  # what the rows need of it was taken
+                try:
+                    end = await future
+                except asyncio.CancelledError:
+                    begun.cancel(late=loop.time() >= late_from(due, since))
+                    raise
+                if isinstance(end, bytes):
+                    return end
+                if end:
+                    return await abort(context, end)
+                assert isinstance(begun, Gathered)  # no other is declined after it was begun
+                raw = begun.raw
         body = self._body(raw, context)
         del raw  # which an error would keep
         return await self._counted.run(body, context)
-
-    async def _short_end(
-        self, begun: Begun, future: "asyncio.Future[bytes | Reply | None]", late: float, context: Context
-    ) -> bytes | None:
-        try:
-            end = await future
-        except asyncio.CancelledError:
-            begun.cancel(late=asyncio.get_running_loop().time() >= late)
-            raise
-        return await abort(context, end) if isinstance(end, Reply) else end
 
     async def _body(self, raw: bytes, context: Context) -> bytes:
         self._counted.received.inc()
