@@ -2,14 +2,16 @@
 
 import asyncio
 import gc
+import threading
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from batching import until
-from begin import PEER, Context, Subject, request
+from begin import PEER, Context, Subject, request, sums
 from ends import SCENARIOS, Gate, soon
+from numeric import Arrays
 from test_short import outcome
 
 from layercast.models.manifest import TensorSpec
@@ -31,7 +33,15 @@ class Gathering(Subject):
     """A model whose requests wait for each other, from the first on."""
 
     def __init__(self, *args: Any, **model: Any) -> None:
-        super().__init__(True, *args, **{"inline": INLINE, **model})
+        self.ran: list[threading.Thread] = []
+        function, *rest = args or [sums]
+
+        def noted(inputs: Arrays) -> dict[str, np.ndarray]:
+            self.ran.append(threading.current_thread())
+            return function(inputs)
+
+        super().__init__(True, noted, *rest, **{"inline": INLINE, **model})
+        self.function = function
         assert self.service._parsed(request(1, 2).SerializeToString())
 
     @property
@@ -88,6 +98,7 @@ async def test_requests_that_waited_run_as_one_on_the_event_loop():
     assert subject.waiting == 0
     answers = [await each.ended() for each in asked]
     assert subject.batches == [1, 3]
+    assert subject.ran == [threading.main_thread()]
     for answer, first in zip(answers, (1, 3, 5), strict=True):
         assert answer.id == f"{first}"
         assert np.frombuffer(answer.raw_output_contents[0], "f4").tolist() == [2 * first + 1]
@@ -203,6 +214,14 @@ async def test_a_request_with_little_time_waits_for_nobody():
     later = subject.ask(request(1, 2), soon(10))
     assert subject.waiting == 1
     assert (await later.ended()).raw_output_contents
+    await subject.batcher.close()
+
+
+async def test_a_request_of_many_rows_waits_for_nobody():
+    subject = Gathering(max_batch=4096)
+    asked = subject.ask(request(*range(2 * 2048)))
+    assert subject.waiting == 0
+    assert (await asked.ended()).outputs[0].shape == [2048]
     await subject.batcher.close()
 
 

@@ -61,7 +61,7 @@ class Bunch(Queued):
     def queue(self, inputs: Mapping[str, Array], terms: Terms, each: Sequence[Terms] = ()) -> None:
         """Queue the rows, which the queue has room for; what refuses them is told as any other end.
 
-        `each` are the terms of the requests where those are not the work's.
+        `each` are the terms of the requests where those are not the work's: of calls that have waited for each other.
         """
         form, many = self._form, len(self._calls)
         self._inputs, self._each = inputs, each or [terms] * many
@@ -70,7 +70,8 @@ class Bunch(Queued):
             if form.group is None:
                 form.group = self._model.group(inputs)._replace(bytes=sum(form.sizes))
             group = form.group._replace(bytes=form.group.bytes * many)
-            own = Terms(terms.deadline, peer=terms.peer, course=Course(requests=many), waited_ns=terms.waited_ns)
+            course = Course(requests=many, here=bool(each))
+            own = Terms(terms.deadline, peer=terms.peer, course=course, waited_ns=terms.waited_ns)
             self._waiting = self._model.enqueue(inputs, form.rows * many, group, own, self)
         except Exception as error:
             self._fail(error)

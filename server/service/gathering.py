@@ -19,6 +19,10 @@ _SOON_SECONDS: Final = 0.05
 """A request with less time than this waits for nobody."""
 
 
+_LARGEST: Final = 16 << 10
+"""A message of more bytes has rows enough by itself."""
+
+
 class Declinable(Told, Protocol):
     """A call that may turn out not to be answered here."""
 
@@ -83,8 +87,10 @@ class Gathering:
         self._bytes = 0
         self._tick: asyncio.TimerHandle | None = None
 
-    def takes(self, deadline: float | None) -> bool:
-        """Tell whether a request, which has just come, waits for others."""
+    def takes(self, size: int, deadline: float | None) -> bool:
+        """Tell whether a request of so many bytes, which has just come, waits for others."""
+        if size > _LARGEST:
+            return False
         many = len(self._waiting) + 1
         self._callers.came(many)
         if many == 1 and self._callers.enough(1):

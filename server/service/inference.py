@@ -69,7 +69,7 @@ class InferenceService:
         """
         if len(raw) >= LARGE or not scopes.has(scopes.PREDICT):
             return None
-        if self._gathers and (gathering := self._heads.gathering(raw)) and gathering.takes(deadline):
+        if self._gathers and (gathering := self._heads.gathering(raw)) and gathering.takes(len(raw), deadline):
             return gathering.take(raw, deadline, peer, call)
         known = self._heads.known(raw) or self._parsed(raw)
         return self.begin(known, deadline, peer, call) if known else None
