@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-import torch
-
 from layercast.models.edits import Planned
 from layercast.models.manifest import WEIGHTS_FILE, Manifest
+from layercast.server import processors
 from layercast.server.batching.batcher import Batcher
 from layercast.server.batching.policy import Limits
 from layercast.server.batching.waiting import Waiting
@@ -32,11 +31,11 @@ _SHORTEST_BUCKET = 16
 class Loaded:
     """A version that was loaded, checked and warmed up.
 
-    `runners` are its instances, which share nothing; each computes with `threads` threads. `warmup_ms` is one warm
-    forward of one row, `note` what an operator should know of a version that answers, `engines` which engine runs which
-    batch of plain predictions, `inline_rows` how many rows run sooner than they could be handed to a thread: of any
-    requests, and of requests of one row. `cards` is
-    the CUDA device of each instance, if they run on any.
+    `runners` are its instances, with so many `copies` of the weights between them; each computes with `threads`
+    threads. `warmup_ms` is one warm forward of one row, `note` what an operator should know of a version that answers,
+    `engines` which engine runs which batch of plain predictions, and in how many instances, `inline_rows` how many rows
+    run sooner than they could be handed to a thread: of any requests, and of requests of one row. `cards` is the CUDA
+    device of each instance, if they run on any.
     """
 
     manifest: Manifest
@@ -49,6 +48,7 @@ class Loaded:
     engines: str = ""
     inline_rows: tuple[int, int] = (0, 0)
     cards: tuple[int, ...] = ()
+    copies: int = 1
 
     @property
     def runner(self) -> Runner:
@@ -57,9 +57,9 @@ class Loaded:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the parameters and buffers of every instance."""
-        weights = self.manifest.files[WEIGHTS_FILE].bytes
-        return sum(runner.eager.memory_bytes if runner.eager else weights for runner in self.runners)
+        """Bytes of the parameters and buffers of every instance, shared ones counted once."""
+        eager = self.runner.eager
+        return self.copies * (eager.memory_bytes if eager else self.manifest.files[WEIGHTS_FILE].bytes)
 
     @property
     def limits(self) -> Limits:
@@ -113,8 +113,7 @@ class ServedModel:
             runner.on_tapped = partial(_told, loop, monitor.read_by)
             if isinstance(runner.taps, TappedEngine):
                 runner.taps.on_stopped = partial(_told, loop, monitor.stopped_early)
-        # Each thread has its own number of threads in torch.
-        prepare = partial(torch.set_num_threads, loaded.threads)
+        prepare = partial(processors.prepare, loaded.threads, len(loaded.runners), bool(loaded.cards))
         limits = replace(loaded.limits, together=together)
         self.gathers = self._batching and limits.gathers
         self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, prepare)
