@@ -13,7 +13,7 @@ _PART: Final = 3 / 4
 _GAP_NS: Final = 500_000
 """Requests that come further apart, in the mean, are answered sooner one by one."""
 _FEWEST: Final = 4
-_MOST: Final = 256
+_MOST: Final = 512
 """After so many batches callers are counted again: after few at first, later, while they stay as many, after more."""
 
 
