@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from layercast.client.errors import InternalError
-from layercast.client.translation import decoding
+from layercast.client.translation import decoding, pass_on
 from layercast.proto.codec import AnyArray, decode_named
 from layercast.proto.messages import ExtractStreamResponse, NamedTensor, TensorPart
 
@@ -32,6 +32,8 @@ class Joining:
 
         InternalError when something between it and the message before is missing.
         """
+        if response.warning:
+            pass_on(response.warning)
         if self._total is None:
             self._total = response.total_rows
         if response.first_row != self._rows or response.total_rows != self._total:

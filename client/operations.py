@@ -146,6 +146,8 @@ class Operations:
             inputs=sent_inputs(metadata, inputs),
         )
         response: SteerResponse = yield from self._with_model(Call(FEATURES["Steer"], request), metadata)
+        if response.warning:
+            pass_on(response.warning)
         with decoding(model):
             return decode_named([*response.outputs, *response.layers], kind="output", limit=None)
 

@@ -18,7 +18,7 @@ from test_server_features import arrays, extract, hooked
 from test_server_inference import INPUTS, assert_answers, offline, request, rows_for, values_of, wait_until
 from torch import Tensor, nn
 
-from layercast.client import AsyncClient, Client, Edit, InvalidArgument, PermissionDenied
+from layercast.client import AsyncClient, Client, Edit, InputWarning, InvalidArgument, PermissionDenied
 from layercast.models import edits
 from layercast.models.hooks import registered_hooks
 from layercast.proto.messages import Edit as EditMessage
@@ -424,6 +424,22 @@ def test_hooks_are_gone_after_an_error_inside_the_forward(steering, modules, mon
         offline(modules["mnist"], x),
         atol=1e-5,
     )
+
+
+def test_doubts_about_the_inputs_are_warnings_whatever_is_asked(client):
+    asked: dict[str, Callable[[np.ndarray], object]] = {
+        "steer": lambda x: client.steer("mnist", x, Edit.zero("net.0")),
+        "features": lambda x: client.features("mnist", x, "net.0"),
+        "stream_features": lambda x: list(client.stream_features("mnist", x, "net.0")),
+        "predict": lambda x: client.predict("mnist", x),
+    }
+    for name, ask in asked.items():
+        x = rows_for("mnist", 2)
+        ask(x)  # warnings are errors in tests
+        x[:, 0, 3, 3] = 0.0, 7.0
+        with pytest.warns(InputWarning, match="want values from 0 to 1, got 0 to 7") as caught:
+            ask(x)
+        assert [each.filename for each in caught] == [__file__], name
 
 
 def test_the_async_client_and_edits_that_it_refuses_itself(steering, modules):
