@@ -119,17 +119,17 @@ def answer_bytes(
     for tap in taps:
         layer = manifest.layers_by_path[tap.layer]
         try:
-            shape = reduced_shape(_sizes(layer.shape, rows, length), tap.reducer)
+            shape = reduced_shape(sizes(layer.shape, rows, length), tap.reducer)
         except ReducerError as error:  # a length at which the reducer no longer fits
             raise InvalidArgument(f"layer {layer.path!r}: {error}") from error
         total += math.prod(shape) * _ITEM_SIZES[reduced_datatype(layer, tap)]
     for spec in manifest.outputs:
         if spec.name in outputs:
-            total += math.prod(_sizes(spec.shape, rows, length)) * _ITEM_SIZES.get(spec.datatype, 1)
+            total += math.prod(sizes(spec.shape, rows, length)) * _ITEM_SIZES.get(spec.datatype, 1)
     return total
 
 
-def _sizes(shape: Sequence[int], rows: int, length: int | None) -> list[int]:
+def sizes(shape: Sequence[int], rows: int, length: int | None) -> list[int]:
     """Return `shape` with the request's own sizes for the batch and the dynamic dimensions."""
     return [rows, *((length or 1) if size == -1 else size for size in shape[1:])]
 

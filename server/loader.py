@@ -3,7 +3,7 @@
 import logging
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from layercast.models.manifest import Manifest
 from layercast.server import memory, tapping
 from layercast.server.engines import cuda
 from layercast.server.engines.base import Engine, EngineError, Inputs, Tapping
+from layercast.server.engines.choice import Choice
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.selection import Engines, golden_rows, select
 from layercast.server.engines.source import Source
@@ -25,6 +26,7 @@ from layercast.server.engines.timing import durations
 from layercast.server.errors import OutOfMemory
 from layercast.server.inline import inline_rows
 from layercast.server.model import Loaded
+from layercast.server.processors import denormals_are_zero
 from layercast.server.restrict import restricted, without_silent
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
@@ -38,6 +40,7 @@ class LoadError(Exception):
     """A version can't be served; the text says why, without paths, since clients read it in the repository index."""
 
 
+@denormals_are_zero()
 def load(
     directory: Path, settings: ModelSettings, threads: int, trust: Trust = NO_TRUST, choices: Path | None = None
 ) -> Loaded:
@@ -45,38 +48,40 @@ def load(
 
     A module whose code is not layercast's own and not in `trust` is not built: its exported programs answer, and its
     layers without a value in the ONNX program are marked unavailable with the reason. `threads` are what this process
-    may use; the model's instances share them evenly, at least one each. Which engine runs which batch is measured, once
-    if the folder `choices` keeps it. Raises LoadError for a file that differs from the manifest, code that does not
-    give a module, one in training mode, outputs that differ from the golden ones, or an engine or device that is not to
-    be had.
+    may use; the model's instances share them evenly, at least one each. Which engine runs which batch, and in how many
+    instances where the settings leave that open, is measured, once if the folder `choices` keeps it. Raises LoadError
+    for a file that differs from the manifest, code that does not give a module, one in training mode, outputs that
+    differ from the golden ones, or an engine or device that is not to be had.
     """
     start = time.perf_counter()
-    own = max(1, threads // settings.instances)
+    asked = settings.instances or 1
+    own = max(1, threads // asked)
     if settings.instances > threads:
         logger.warning("%s: %d instances on %d processors", directory.parent.name, settings.instances, threads)
     # Torch counts threads per thread, and gives a new one what was set last anywhere.
     torch.set_num_threads(own)
     with _told(directory):
         manifest = Manifest.read(directory)
-        devices = choose_devices(settings.device, settings.instances)
+        devices = choose_devices(settings.device, asked)
         source = Source(directory, manifest, devices[0], own, trust, refusal(manifest, trust), settings.precision)
         recorded = golden(directory, manifest)
         choice, first = select(source, settings, recorded, choices)
         manifest.verify_files(directory)  # what was loaded was verified as it was read
-        others = [
-            Engines.load(replace(source, device=device), choice.used, recorded, choice.buckets)
-            for device in devices[1:]
-        ]
+        if choice.instances > asked:
+            own, devices = 1, devices * choice.instances
+            source = replace(source, threads=own)
+            torch.set_num_threads(own)
+        every = _every(source, first, choice, recorded, devices)
     # A part of the program would give layers in float32.
     reads = "eager" if settings.precision == "bf16" else settings.engine
     manifest = restricted(manifest, settings)  # first: nothing is compiled for layers that nobody may ask for
-    program = tapping.program(directory, manifest, devices[0], own, reads)
-    every = (first, *others)
+    # A part of the program computes as the whole does: with as many threads as that was measured to be worth.
+    several = next((candidate.threads for candidate in choice.used if candidate.engine == "onnx"), own)
+    program = tapping.program(directory, manifest, devices[0], several, reads)
     readers = [tapping.chosen(engines.eager, program, recorded, len(every)) for engines in every]
     manifest, note = _shown(source, manifest, first.eager, readers[0], recorded)
-    for engines in every:
-        for engine in engines.fast.values():
-            _warm_up(engine, golden_rows(recorded, settings.max_batch), settings.max_batch)
+    for engine in dict.fromkeys(engine for engines in every for engine in engines.fast.values()):
+        _warm_up(engine, golden_rows(recorded, settings.max_batch), settings.max_batch)
     runners = tuple(
         Runner(manifest, engines.chosen(choice, manifest), engines.eager, taps)
         for engines, taps in zip(every, readers, strict=True)
@@ -87,7 +92,26 @@ def load(
         inline = inline_rows(runners[0].fast, directory, manifest, one_row, settings.max_batch)
     memory.release()  # of what was read, and of engines that run nothing
     seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
-    return Loaded(manifest, settings, runners, own, seconds, warmup_ms, note, str(choice), inline, cards)
+    copies = 1 if _shares(source) else len(runners)
+    return Loaded(manifest, settings, runners, own, seconds, warmup_ms, note, str(choice), inline, cards, copies)
+
+
+def _every(
+    source: Source, first: Engines, choice: Choice, recorded: Golden, devices: Sequence[torch.device]
+) -> list[Engines]:
+    """Return the engines of each instance, of which the `first` is loaded."""
+    every = [first]
+    for device in devices[1:]:
+        if _shares(source):
+            every.append(first.twin(source, recorded))
+        else:
+            every.append(Engines.load(replace(source, device=device), choice.used, recorded, choice.buckets))
+    return every
+
+
+def _shares(source: Source) -> bool:
+    """Tell whether instances share weights: a session's own threads compute one batch at a time, as a card's place."""
+    return source.threads == 1 and source.device.type == "cpu"
 
 
 def _shown(

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-import torch
-
 from layercast.models.edits import Planned
 from layercast.models.manifest import WEIGHTS_FILE, Manifest
+from layercast.server import processors
 from layercast.server.batching.batcher import Batcher
 from layercast.server.batching.policy import Limits
 from layercast.server.batching.waiting import Waiting
@@ -32,11 +31,11 @@ _SHORTEST_BUCKET = 16
 class Loaded:
     """A version that was loaded, checked and warmed up.
 
-    `runners` are its instances, which share nothing; each computes with `threads` threads. `warmup_ms` is one warm
-    forward of one row, `note` what an operator should know of a version that answers, `engines` which engine runs which
-    batch of plain predictions, `inline_rows` how many rows run sooner than they could be handed to a thread: of any
-    requests, and of requests of one row. `cards` is
-    the CUDA device of each instance, if they run on any.
+    `runners` are its instances, with so many `copies` of the weights between them; each computes with `threads`
+    threads. `warmup_ms` is one warm forward of one row, `note` what an operator should know of a version that answers,
+    `engines` which engine runs which batch of plain predictions, and in how many instances, `inline_rows` how many rows
+    run sooner than they could be handed to a thread: of any requests, and of requests of one row. `cards` is the CUDA
+    device of each instance, if they run on any.
     """
 
     manifest: Manifest
@@ -49,6 +48,7 @@ class Loaded:
     engines: str = ""
     inline_rows: tuple[int, int] = (0, 0)
     cards: tuple[int, ...] = ()
+    copies: int = 1
 
     @property
     def runner(self) -> Runner:
@@ -57,9 +57,9 @@ class Loaded:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the parameters and buffers of every instance."""
-        weights = self.manifest.files[WEIGHTS_FILE].bytes
-        return sum(runner.eager.memory_bytes if runner.eager else weights for runner in self.runners)
+        """Bytes of the parameters and buffers of every instance, shared ones counted once."""
+        eager = self.runner.eager
+        return self.copies * (eager.memory_bytes if eager else self.manifest.files[WEIGHTS_FILE].bytes)
 
     @property
     def limits(self) -> Limits:
@@ -113,8 +113,7 @@ class ServedModel:
             runner.on_tapped = partial(_told, loop, monitor.read_by)
             if isinstance(runner.taps, TappedEngine):
                 runner.taps.on_stopped = partial(_told, loop, monitor.stopped_early)
-        # Each thread has its own number of threads in torch.
-        prepare = partial(torch.set_num_threads, loaded.threads)
+        prepare = partial(processors.prepare, loaded.threads, len(loaded.runners), bool(loaded.cards))
         limits = replace(loaded.limits, together=together)
         self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, prepare)
         self.streams = OpenStreams(self.manifest.name, loaded.limits.queue_bytes, monitor)
@@ -165,18 +164,29 @@ class ServedModel:
         works = [self._work(part, count, taps, predict, edits) for part, count in _parts(inputs, rows, most)]
         return await self.batcher.submit(works, terms)
 
-    def group(self, inputs: Mapping[str, Array]) -> Group:
-        """Return what inputs of these shapes have in common in the queue, when only the outputs are asked for."""
-        return self._group(inputs, self._dynamic_outputs)
+    def group(self, inputs: Mapping[str, Array], exact: bool = False) -> Group:
+        """Return what inputs of these shapes have in common in the queue; `exact` when layers are asked for."""
+        # Padding that comes from a neighbour would change the shape of a layer's values, and some reducers' results.
+        return self._group(inputs, exact or self._dynamic_outputs)
 
     def takes_together(self, rows: int, size: int) -> bool:
         """Tell whether plain requests of one group, of so many rows and bytes, may be queued as one work."""
         return self._batching and rows <= self.loaded.settings.max_batch and self.batcher.takes_together(rows, size)
 
-    def enqueue(self, inputs: Mapping[str, Array], rows: int, group: Group, terms: Terms, asker: Asker) -> Waiting:
-        """Queue rows for the model's outputs, no more than the largest batch, to be answered through `asker`."""
+    def enqueue(
+        self,
+        inputs: Mapping[str, Array],
+        rows: int,
+        group: Group,
+        terms: Terms,
+        asker: Asker,
+        taps: tuple[Tap, ...] = (),
+        predict: bool = True,
+    ) -> Waiting:
+        """Queue rows, no more than the largest batch, to be answered through `asker`."""
         key = group.key if self._batching else object()
-        return self.batcher.enqueue([Work(inputs, rows, key, group.bytes, group.length, asker=asker)], terms)
+        work = Work(inputs, rows, key, group.bytes, group.length, taps, predict, asker=asker)
+        return self.batcher.enqueue([work], terms)
 
     def _work(
         self,
@@ -186,8 +196,7 @@ class ServedModel:
         predict: bool,
         edits: tuple[Planned, ...],
     ) -> Work:
-        # Padding that comes from a neighbour would change the shape of a layer's values, and some reducers' results.
-        group = self._group(inputs, bool(taps or edits) or self._dynamic_outputs)
+        group = self.group(inputs, exact=bool(taps or edits))
         key = group.key if self._batching else object()
         if edits:
             # Among themselves: others keep the fastest engine, and see no trace of an edit, not even in rounding.

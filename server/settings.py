@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -32,6 +32,7 @@ EngineName = Literal["auto", "eager", "torchscript", "onnx", "exported", "onnx-i
 Precision = Literal["fp32", "bf16"]
 
 MODEL_FILE = "layercast.toml"
+MOST_INSTANCES: Final = 64
 _PREFIX = "LAYERCAST_"
 # Read by other parts: the client, set-up scripts, tests.
 _OTHERS = re.compile(r"LAYERCAST_(URL|TOKEN|TRACEBACK|DATA|YES|TEST_\w+)\Z")
@@ -90,7 +91,11 @@ class ModelSettings(BaseModel):
         default=1, ge=1, le=100, description="levels of the request parameter `priority`, 1 the highest, the last usual"
     )
     instances: int = Field(
-        default=1, ge=1, le=64, description="copies that run at the same time, each with its part of the processors"
+        default=0,
+        ge=0,
+        le=MOST_INSTANCES,
+        description="batches that run at the same time, each with its part of the processors; "
+        "0 takes one, or one a processor, whichever is measured to answer more",
     )
     engine: EngineName = Field(
         default="auto",

@@ -9,9 +9,10 @@ import grpc
 import numpy as np
 from numeric import Arrays, Shelf
 
-from layercast.models.manifest import FileEntry, Manifest, TensorSpec
+from layercast.models.manifest import FileEntry, LayerSpec, Manifest, TensorSpec
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
 from layercast.proto.rpc import INFERENCE, INFERENCE_SERVICE
+from layercast.server.engines.base import Tapping
 from layercast.server.metrics import Metrics
 from layercast.server.model import Loaded, ServedModel
 from layercast.server.monitor import ModelMonitor
@@ -47,19 +48,22 @@ def served(
     metrics: Metrics,
     inputs: tuple[TensorSpec, ...] = ROWS_OF_TWO,
     outputs: tuple[TensorSpec, ...] = SUMS,
+    layers: tuple[LayerSpec, ...] = (),
+    taps: Tapping | None = None,
     **settings: Any,
 ) -> ServedModel:
-    """Return a model `m` of these inputs and outputs that answers what `function` gives."""
+    """Return a model `m` of these inputs, outputs and layers that answers what `function` and `taps` give."""
     manifest = Manifest(
         name="m",
         version=1,
         architecture="numpy",
         inputs=inputs,
         outputs=outputs,
+        layers=layers,
         files={"weights.safetensors": _ENTRY, "golden.safetensors": _ENTRY},
     )
     chosen = ModelSettings(**{"max_batch": 8, "max_delay_ms": 0, **settings})
-    loaded = Loaded(manifest, chosen, (Runner(manifest, Engine(function), None, None),), 1, 0.0, 0.0)
+    loaded = Loaded(manifest, chosen, (Runner(manifest, Engine(function), None, taps),), 1, 0.0, 0.0)
     return ServedModel(loaded, ModelMonitor(metrics, "m", "1", "cpu", loaded.limits))
 
 

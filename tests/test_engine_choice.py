@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from serving import running
 from test_server_inference import offline, request, rows_for, values_of
 
 from layercast.models.manifest import Manifest
 from layercast.proto.messages import ModelConfigRequest, ModelMetadataRequest
-from layercast.server import banner, environment
-from layercast.server.engines import remembered, timing
+from layercast.server import banner, environment, tapping
+from layercast.server.engines import instances, remembered, selection, timing
 from layercast.server.engines.choice import Buckets, Candidate, Choice, ChosenEngine
 from layercast.server.engines.source import Source
 from layercast.server.loader import load
 from layercast.server.model import Loaded
 from layercast.server.settings import ModelSettings
+from layercast.server.work import Tap
 
 ONE, TWO, SCRIPT, EAGER = (
     Candidate("onnx", 1),
@@ -28,6 +30,8 @@ ONE, TWO, SCRIPT, EAGER = (
     Candidate("torchscript", 2),
     Candidate("eager", 2),
 )
+SCRIPT_ALONE, EAGER_ALONE = Candidate("torchscript", 1), Candidate("eager", 1)
+EVERY = [ONE, TWO, SCRIPT_ALONE, SCRIPT, EAGER_ALONE, EAGER]
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +40,12 @@ def artefact(tmp_path_factory) -> Path:
 
 
 class Timed:
-    """Stands for the timing: tells what was tried, and chooses what the test says."""
+    """Stands for the timing: tells what was tried, and chooses what the test says. Several instances gain `gain`."""
 
     def __init__(self, *chosen: Candidate) -> None:
         self.chosen = chosen
         self.tried: list[list[Candidate]] = []
+        self.gain, self.inline = 0.0, (0, 0)
 
     def __call__(self, runs: Any, batch: Any, buckets: Buckets, processors: int) -> tuple[Choice, timing.Costs]:
         self.tried.append(list(runs))
@@ -52,6 +57,8 @@ class Timed:
 def timed(monkeypatch) -> Timed:
     fake = Timed(TWO)
     monkeypatch.setattr(timing, "fastest", fake)
+    monkeypatch.setattr(instances, "gain", lambda *timed: fake.gain)
+    monkeypatch.setattr(selection, "inline_rows", lambda *timed: fake.inline)
     return fake
 
 
@@ -63,7 +70,7 @@ def test_a_choice_is_measured_once_and_kept(artefact, tmp_path, timed):
     first = loaded(artefact, tmp_path / "engines")
     timed.chosen = (SCRIPT,)
     second = loaded(artefact, tmp_path / "engines")
-    assert timed.tried == [[ONE, TWO, SCRIPT, EAGER]]
+    assert timed.tried == [EVERY]
     assert first.engines == second.engines == "onnx (2 threads)"
     assert second.runner.fast._session.get_session_options().intra_op_num_threads == 2
     (path,) = (tmp_path / "engines").iterdir()
@@ -82,6 +89,9 @@ def test_a_choice_is_measured_once_and_kept(artefact, tmp_path, timed):
         b'{"cells": [["onnx"]]}',
         b'{"cells": [[["onnx", 2]]]}',
         b'{"cells": [[["onnx", 3]]]}',
+        json.dumps({"cells": [[TWO] * 7]}).encode(),
+        json.dumps({"cells": [[TWO] * 7], "instances": "two"}).encode(),
+        json.dumps({"cells": [[TWO] * 7], "instances": 0}).encode(),
         b"[" * 100_000,
     ],
 )
@@ -132,19 +142,96 @@ def test_only_so_many_choices_are_kept(artefact, tmp_path, timed, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize("engine", ["eager", "torchscript"])
-def test_an_engine_that_is_set_is_taken_unmeasured(artefact, tmp_path, timed, engine):
+@pytest.mark.parametrize("engine", ["onnx", "eager", "torchscript"])
+def test_of_an_engine_that_is_set_only_the_threads_are_measured(artefact, tmp_path, timed, engine):
+    one, two = Candidate(engine, 1), Candidate(engine, 2)
+    timed.chosen = (two,)
     model = loaded(artefact, tmp_path, engine=engine)
     assert (model.runner.fast.name, model.engines) == (engine, f"{engine} (2 threads)")
-    assert not timed.tried
-    assert not list(tmp_path.iterdir())
-
-
-def test_with_onnx_set_only_its_threads_are_measured(artefact, tmp_path, timed):
-    assert loaded(artefact, tmp_path, engine="onnx").engines == "onnx (2 threads)"
-    assert timed.tried == [[ONE, TWO]]
-    assert loaded(artefact, tmp_path, threads=1, engine="onnx").engines == "onnx (1 thread)"
+    assert timed.tried == [[one, two]]
+    assert loaded(artefact, tmp_path, threads=1, engine=engine).engines == f"{engine} (1 thread)"
     assert len(timed.tried) == 1
+
+
+@pytest.mark.parametrize(("engine", "alone"), [("torchscript", SCRIPT_ALONE), ("eager", EAGER_ALONE)])
+def test_torch_computes_a_batch_with_the_threads_that_were_chosen(artefact, timed, engine, alone):
+    timed.chosen = (alone,)
+    model = loaded(artefact, None, engine=engine)
+    threads, own = [], model.runner.fast.engine
+    real = own._place.run
+
+    def noted(inputs: Any, forward: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return real(inputs, forward)
+
+    own._place.run = noted
+    torch.set_num_threads(2)
+    for wanted in (1, 2):
+        got = (model.runner.fast if wanted == 1 else own).run({"x": tiny.ROWS})["output"]
+        np.testing.assert_allclose(got, tiny.expected(1, tiny.ROWS), atol=1e-5)
+    assert threads == [1, 2]
+
+
+def test_where_several_instances_gain_they_run_and_share_the_weights(artefact, tmp_path, timed):
+    timed.chosen, timed.gain = (SCRIPT,), 1.5
+    model = loaded(artefact, tmp_path)
+    one, two = model.runners
+    assert (model.engines, model.threads) == ("2 instances: onnx (1 thread)", 1)
+    assert one.fast is two.fast
+    pointers = [[tensor.data_ptr() for tensor in runner.eager._module.parameters()] for runner in model.runners]
+    assert pointers[0] == pointers[1]
+    assert one.eager._module is not two.eager._module
+    assert model.memory_bytes == one.eager.memory_bytes
+    timed.gain = 0.0
+    assert loaded(artefact, tmp_path).engines == model.engines, "remembered"
+    assert len(timed.tried) == 1
+
+
+@pytest.mark.parametrize(
+    ("gain", "inline", "settings"),
+    [(1.0, (0, 0), {}), (2.0, (0, 1), {}), (2.0, (0, 0), {"instances": 1}), (2.0, (0, 0), {"threads": 1})],
+)
+def test_one_instance_runs_what_gains_nothing_or_runs_on_the_loop_or_is_asked_for(
+    artefact, timed, gain, inline, settings
+):
+    timed.chosen, timed.gain, timed.inline = (ONE,), gain, inline
+    model = loaded(artefact, None, **settings)
+    assert (model.engines, len(model.runners)) == ("onnx (1 thread)", 1)
+
+
+def test_instances_that_are_asked_for_are_not_those_that_were_measured(artefact, tmp_path, timed):
+    timed.chosen, timed.gain = (ONE,), 2.0
+    assert len(loaded(artefact, tmp_path).runners) == 2
+    assert len(loaded(artefact, tmp_path, instances=1).runners) == 1
+    assert loaded(artefact, tmp_path, threads=6, instances=3).engines == "3 instances: onnx (1 thread)"
+
+
+def test_layers_read_by_one_instance_are_no_business_of_another(artefact, timed):
+    timed.chosen, timed.gain = (EAGER_ALONE,), 2.0
+    model = loaded(artefact, None, engine="eager")
+    one, two = model.runners
+    hooks, real = [], one.eager._place.run
+
+    def meanwhile(inputs: Any, forward: Any) -> Any:
+        hooks.append((one.eager.hooks, two.eager.hooks))
+        np.testing.assert_allclose(two.fast.run(inputs)["output"], tiny.expected(1, inputs["x"]), atol=1e-5)
+        return real(inputs, lambda tensors: (hooks.append(two.eager.hooks), forward(tensors))[1])
+
+    one.eager._place.run = meanwhile
+    layer = next(layer.path for layer in model.manifest.layers if layer.available)
+    outputs, taps = one.eager.tapped({"x": tiny.ROWS}, [Tap(layer)], predict=True)
+    np.testing.assert_allclose(outputs["output"], tiny.expected(1, tiny.ROWS), atol=1e-5)
+    assert list(taps) == [Tap(layer)]
+    assert hooks[-1] == 0
+
+
+@pytest.mark.parametrize(("chosen", "threads"), [(ONE, 1), (TWO, 2), (EAGER, 2)], ids=str)
+def test_parts_of_the_program_compute_with_as_many_threads_as_the_whole(artefact, timed, monkeypatch, chosen, threads):
+    timed.chosen = (chosen,)
+    found = []
+    monkeypatch.setattr(tapping, "program", lambda *arguments: found.append(arguments[3]))
+    loaded(artefact, None)
+    assert found == [threads]
 
 
 def test_engines_that_run_nothing_leave_memory(artefact, timed, monkeypatch):
@@ -161,7 +248,8 @@ def test_engines_that_run_nothing_leave_memory(artefact, timed, monkeypatch):
     model = loaded(artefact, None, instances=1)
     assert isinstance(model.runner.fast, ChosenEngine)
     assert model.runner.eager is not None
-    assert {candidate for candidate, engine in made.items() if engine()} == {ONE, SCRIPT}
+    # Torch's program is the same for any number of threads, and was made for the first that was tried.
+    assert {candidate for candidate, engine in made.items() if engine()} == {ONE, SCRIPT_ALONE}
 
 
 def test_a_batch_runs_on_the_engine_of_its_rows_and_length_and_answers_the_same_on_any(repository, modules):

@@ -14,8 +14,9 @@ from layercast.server.service.answering import Answered, tell_times
 from layercast.server.service.form import check_of
 from layercast.server.service.parameters import check_parameters
 from layercast.server.service.plain import Plain
-from layercast.server.service.requests import _outside, check_inputs, warnings
+from layercast.server.service.requests import _outside, check_inputs, resolve_outputs, warnings
 from layercast.server.service.template import Template, id_field
+from layercast.server.settings import ModelSettings
 
 ENTRY = FileEntry(sha256="0" * 64, bytes=1)
 
@@ -38,7 +39,7 @@ MANIFEST = manifest(
     image=TensorSpec(name="image", datatype="FP32", shape=(-1, 2, 2), range=(0, 1)),
     count=TensorSpec(name="count", datatype="UINT8", shape=(-1,), range=(0, 9)),
 )
-PLAIN = Plain(MANIFEST, 1 << 20, 1 << 18)
+PLAIN = Plain(MANIFEST, 1 << 20, 1 << 18, ModelSettings())
 
 
 def taken(message: ModelInferRequest, plain: Plain = PLAIN) -> tuple[dict[str, np.ndarray], int] | None:
@@ -64,7 +65,7 @@ def general(message: ModelInferRequest) -> tuple[dict[str, np.ndarray], int]:
     rows = check_inputs(MANIFEST, inputs, {tensor.name: tensor.datatype for tensor in message.inputs})
     assert not is_typed(message)
     assert not warnings(MANIFEST, inputs)
-    assert not message.outputs
+    assert not message.outputs or resolve_outputs(MANIFEST, [o.name for o in message.outputs], ModelSettings())
     return inputs, rows
 
 
@@ -110,7 +111,10 @@ def raw(message: ModelInferRequest, at: int, content: bytes) -> None:
 CHANGES: dict[str, Callable[[ModelInferRequest], object]] = {
     "parameters": lambda m: setattr(m.parameters["priority"], "int64_param", 1),
     "tensor parameters": lambda m: setattr(m.inputs[0].parameters["binary_data_size"], "int64_param", 1),
-    "outputs": lambda m: m.outputs.add(name="y"),
+    "unknown output": lambda m: m.outputs.add(name="z"),
+    "unknown layer": lambda m: m.outputs.add(name="layer:z"),
+    "output twice": lambda m: (m.outputs.add(name="y"), m.outputs.add(name="y")),
+    "classes": lambda m: setattr(m.outputs.add(name="y").parameters["classification"], "int64_param", 1),
     "order": lambda m: (m.inputs.reverse(), m.raw_input_contents.reverse()),
     "missing": lambda m: (m.inputs.pop(), m.raw_input_contents.pop()),
     "typed": lambda m: m.raw_input_contents.clear(),
@@ -137,7 +141,7 @@ def test_any_doubt_leaves_a_request_to_the_general_path(change):
 
 def test_no_rows_and_more_rows_than_an_answer_holds_are_left_to_the_general_path():
     assert taken(request(0)) is None
-    small = Plain(MANIFEST, (64 << 10) + 4 * 9, 1 << 18)
+    small = Plain(MANIFEST, (64 << 10) + 4 * 9, 1 << 18, ModelSettings())
     assert taken(request(4), small)
     assert taken(request(5), small) is None
 
@@ -154,13 +158,19 @@ def test_no_rows_and_more_rows_than_an_answer_holds_are_left_to_the_general_path
 def test_models_whose_inputs_take_more_than_a_view_have_no_plain_requests(spec):
     message = ModelInferRequest(model_name="m", raw_input_contents=[bytes(8)])
     message.inputs.add(name="x", datatype=spec.datatype, shape=[1, 2])
-    assert taken(message, Plain(manifest(x=spec), 1 << 20, 1 << 18)) is None
+    assert taken(message, Plain(manifest(x=spec), 1 << 20, 1 << 18, ModelSettings())) is None
+
+
+def template_of(rows: int) -> Template:
+    form = PLAIN.form(request(rows))
+    assert form
+    return form.template
 
 
 def answer_of(
     rows: int, times: tuple[int, int, int], identifier: str = "7", **outputs: np.ndarray
 ) -> ModelInferResponse:
-    content = Template(MANIFEST, rows, 1 << 20).answer(id_field(ModelInferRequest(id=identifier)), outputs, *times)
+    content = template_of(rows).answer(id_field(ModelInferRequest(id=identifier)), outputs, *times)
     return ModelInferResponse.FromString(content)
 
 
@@ -182,7 +192,7 @@ def test_the_answer_is_what_the_general_path_fills(rows, identifier, power):
 
 
 def test_an_answer_tells_the_times_of_its_own_batch():
-    template, outputs = Template(MANIFEST, 1, 1 << 20), {"y": np.ones((1, 2), "f4"), "n": np.ones(1, "i1")}
+    template, outputs = template_of(1), {"y": np.ones((1, 2), "f4"), "n": np.ones(1, "i1")}
     for times in ((1, 2, 3), (1, 2, 4), (9, 5, 4), (1, 2, 3)):
         answer = ModelInferResponse.FromString(template.answer(b"", outputs, *times))
         assert [answer.parameters[name].int64_param for name in ("queue_ns", "compute_ns", "batch_rows")] == [*times]
@@ -241,7 +251,7 @@ def test_inputs_with_a_length_are_taken_when_they_are_what_the_general_path_take
     for name, shape in (("ids", ids), ("mask", mask)):
         message.inputs.add(name=name, datatype="INT64", shape=shape)
         message.raw_input_contents.append(np.ones(shape, "i8").tobytes())
-    found = taken(message, Plain(TOKENS, 1 << 20, 1 << 18))
+    found = taken(message, Plain(TOKENS, 1 << 20, 1 << 18, ModelSettings()))
     assert bool(found) == right
     if found:
         assert check_inputs(TOKENS, decode_inputs(message), dict.fromkeys(found[0], "INT64")) == found[1]

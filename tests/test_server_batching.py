@@ -15,6 +15,7 @@ from test_server_inference import assert_answers, offline, request, rows_for, va
 from test_server_operations import get, samples, value
 
 from layercast.proto.messages import ModelConfigRequest
+from layercast.server import environment
 
 
 def test_the_configuration_shows_what_is_set(repository, tmp_path):
@@ -108,18 +109,18 @@ def test_a_model_that_gives_one_row_whatever_it_gets_fails_for_all_of_a_batch_on
         assert_answers(server, modules)
 
 
-def test_instances_share_nothing_divide_the_processors_and_run_at_the_same_time(repository, modules, tmp_path):
+def test_instances_share_weights_divide_the_processors_and_run_at_the_same_time(
+    repository, modules, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(environment, "cpu_budget", lambda: 2)
     torch.set_num_threads(1)  # as another model's load may leave it
     with serving_shared(repository, tmp_path, 'instances = 2\nmax_batch = 1\nengine = "onnx"\n') as server:
         served = server.server.repository.find("shared", "")
         one, two = served.loaded.runners
-        assert one.fast is not two.fast
-        assert one.fast._session is not two.fast._session
+        assert one.fast is two.fast
         storages = [{p.data_ptr() for p in runner.eager._module.parameters()} for runner in (one, two)]
-        assert not storages[0] & storages[1]
-        budget = server.server.repository._threads
-        assert served.loaded.threads == max(1, budget // 2)
-        assert one.fast._session.get_session_options().intra_op_num_threads == served.loaded.threads
+        assert storages[0] == storages[1]
+        assert one.fast._session.get_session_options().intra_op_num_threads == served.loaded.threads == 1
         meeting, threads = threading.Barrier(2), []
 
         def together(run: Any) -> Any:
@@ -130,14 +131,13 @@ def test_instances_share_nothing_divide_the_processors_and_run_at_the_same_time(
 
             return met
 
-        for runner in (one, two):
-            runner.fast.run = together(runner.fast.run)
+        one.fast.run = together(one.fast.run)
         x = rows_for("shared", 2)
         np.testing.assert_allclose(
             values_of(server.call("ModelInfer", request("shared", x))), offline(modules["shared"], x), atol=1e-5
         )
         assert sorted(threads) == [(f"layercast-shared-{at}", served.loaded.threads) for at in (0, 1)]
-        assert HeldModel(server).metric("layercast_model_memory_bytes", device="cpu") == 2 * 110 * 4
+        assert HeldModel(server).metric("layercast_model_memory_bytes", device="cpu") == 110 * 4
 
 
 def test_texts_of_many_lengths_from_many_threads_equal_their_solo_answers_and_the_padding_is_counted(

@@ -108,7 +108,7 @@ def test_a_list_is_given_with_commas_or_as_a_list(tmp_path, monkeypatch):
         ({"preferred_batch": "4", "batching": False}, "preferred_batch means nothing with batching = false"),
         ({"oversized": "cut"}, "oversized: .*'split'.*cut"),
         ({"priorities": 0}, "priorities"),
-        ({"instances": 0}, "instances"),
+        ({"instances": -1}, "instances"),
         ({"queue_bytes": 0}, "queue_bytes"),
         ({"queue_timeout_ms": -1}, "queue_timeout_ms"),
     ],

@@ -1,19 +1,24 @@
 """Which requests the short path takes, and that it answers them, bit for bit, as the general path does."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from begin import Subject, request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numeric import Arrays
 from test_short import steady
 
-from layercast.models.manifest import TensorSpec
+from layercast.models.manifest import LayerSpec, TensorSpec
+from layercast.models.reducers import reduce
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
+from layercast.server.service import scopes
 from layercast.server.service.heads import Heads
+from layercast.server.work import Tap
 
 INPUTS = (
     TensorSpec(name="image", datatype="FP32", shape=(-1, 2, 2), range=(0, 1)),
@@ -32,16 +37,45 @@ def scored(inputs: Arrays) -> dict[str, np.ndarray]:
     return {"score": score, "pair": pair}
 
 
-MODEL: dict[str, Any] = {"function": scored, "inputs": INPUTS, "outputs": OUTPUTS}
+class Inner:
+    """Gives two layers: a map of four numbers and one of as many as there are tokens."""
+
+    name = "numpy"
+
+    def tapped(self, inputs: Arrays, taps: Sequence[Tap], predict: bool) -> tuple[Arrays, dict[Tap, np.ndarray]]:
+        layers = {"maps": inputs["image"][:, None] * 3, "tokens": inputs["tokens"][..., None].astype("f4")}
+        features = {tap: reduce(torch.from_numpy(layers[tap.layer].copy()), tap.reducer).numpy() for tap in taps}
+        return scored(inputs) if predict else {}, features
 
 
-def asked(rows: int, length: int, identifier: str = "", version: str = "", seed: int = 0) -> ModelInferRequest:
+LAYERS = (
+    LayerSpec(path="maps", type="Conv2d", shape=(-1, 1, 2, 2), datatype="FP32", order=0),
+    LayerSpec(path="tokens", type="Embedding", shape=(-1, -1, 1), datatype="FP32", order=1),
+)
+MODEL: dict[str, Any] = {
+    "function": scored, "inputs": INPUTS, "outputs": OUTPUTS, "layers": LAYERS, "taps": Inner(),
+}  # fmt: skip
+WANTED = (
+    ("score",),
+    ("pair", "score"),
+    ("layer:maps@mean",),
+    ("pair", "layer:maps", "layer:tokens@flatten", "score"),
+    ("layer:*",),
+    ("layer:tokens@fp16", "layer:tokens@max@norm"),
+)
+
+
+def asked(
+    rows: int, length: int, identifier: str = "", version: str = "", seed: int = 0, outputs: Sequence[str] = ()
+) -> ModelInferRequest:
     rng = np.random.default_rng(seed)
     image, tokens = rng.random((rows, 2, 2), "f4"), rng.integers(0, 100, (rows, length))
     message = ModelInferRequest(model_name="m", id=identifier, model_version=version)
     message.inputs.add(name="image", datatype="FP32", shape=image.shape)
     message.inputs.add(name="tokens", datatype="INT64", shape=tokens.shape)
     message.raw_input_contents.extend([image.tobytes(), tokens.astype("<i8").tobytes()])
+    for name in outputs:
+        message.outputs.add(name=name)
     return message
 
 
@@ -95,6 +129,54 @@ def test_answers_are_equal_over_rows_lengths_and_ids(pair, identifier, version):
                 assert short.id == identifier
 
 
+@pytest.mark.parametrize("outputs", WANTED, ids=str)
+def test_layers_and_some_of_the_outputs_are_answered_as_when_the_request_is_read_in_full(pair, outputs):
+    for rows, length in ((1, 3), (8, 5), (2, 1)):
+        message = asked(rows, length, "7", outputs=outputs)
+        short, general = pair.ask(message.SerializeToString())
+        assert isinstance(short, ModelInferResponse)
+        assert pair.ask(message.SerializeToString())[0] == short == general
+        # A parameter, if only one that changes nothing, takes a request off every shortcut.
+        message.parameters["priority"].int64_param = 0
+        whole = pair.ask(message.SerializeToString())
+        assert whole == (None, short)
+        assert len(short.outputs) == len(short.raw_output_contents) >= len(outputs)
+
+
+def test_requests_with_layers_are_counted_alike_on_both_paths():
+    pair = Pair(**MODEL)
+    pair.ask(asked(2, 3, outputs=WANTED[3]).SerializeToString())
+    counts = pair.short.counts()
+    assert counts["layercast_feature_taps_total", (("model", "m"), ("version", "1"))] == 2
+    assert counts["layercast_feature_bytes_total", (("model", "m"), ("version", "1"))] == 2 * (16 + 12)
+    assert counts == pair.general.counts()
+    pair.close()
+
+
+@pytest.mark.parametrize(
+    "outputs", [("layer:nothing",), ("other",), ("score", "score"), ("layer:maps@no",), ("layer:maps@cls",)], ids=str
+)
+def test_names_that_the_model_does_not_have_or_that_do_not_fit_are_left_to_the_general_path(pair, outputs):
+    message = asked(1, 1, outputs=outputs).SerializeToString()
+    for _ in range(2):
+        short, (code, text, *_) = pair.ask(message)
+        assert short is None
+        assert code.name == "INVALID_ARGUMENT"
+        assert text
+
+
+def test_layers_take_the_scope_of_features(pair):
+    message = asked(1, 1, outputs=("score", "layer:maps")).SerializeToString()
+    assert pair.ask(message)[0]
+    scopes.grant((scopes.PREDICT,))
+    try:
+        short, (code, *_) = pair.ask(message)
+    finally:
+        scopes.grant(None)
+    assert short is None
+    assert code.name == "PERMISSION_DENIED"
+
+
 def test_more_rows_than_the_largest_batch_are_left_to_the_general_path(pair):
     short, general = pair.ask(asked(9, 2).SerializeToString())
     assert short is None
@@ -126,7 +208,8 @@ def test_values_out_of_range_are_left_to_the_general_path_also_when_the_message_
 
 def pieces() -> st.SearchStrategy[bytes]:
     """Messages, and parts of them: put together, they are one message, in whatever order."""
-    whole = st.builds(asked, st.integers(1, 3), st.integers(1, 3), st.sampled_from(["", "a", "bc"]), st.just(""))
+    counts, ids = st.integers(1, 3), st.sampled_from(["", "a", "bc"])
+    whole = st.builds(asked, counts, counts, ids, outputs=st.sampled_from([(), *WANTED]))
     only_id = st.builds(lambda text: ModelInferRequest(id=text), st.sampled_from(["q", "rs"]))
     odd = st.sampled_from(
         [
@@ -134,6 +217,7 @@ def pieces() -> st.SearchStrategy[bytes]:
             ModelInferRequest(model_name="n"),
             ModelInferRequest(model_version="1"),
             ModelInferRequest(outputs=[ModelInferRequest.InferRequestedOutputTensor(name="score")]),
+            ModelInferRequest(outputs=[ModelInferRequest.InferRequestedOutputTensor(name="layer:maps")]),
             ModelInferRequest(raw_input_contents=[b""]),
         ]
     )

@@ -29,7 +29,8 @@ _CLOSE_SECONDS = 5.0
 class Batcher:
     """Admits works, gathers those that may share a forward, runs them and answers each. One a model version.
 
-    `runs` are the model's instances: as many batches run at the same time. `prepare` is called once in each thread.
+    `runs` are the model's instances: as many batches run at the same time. `prepare` is called once in each
+    thread, with the number of its instance.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Batcher:
         runs: Sequence[Run],
         limits: Limits,
         observer: Observer,
-        prepare: Callable[[], None] | None = None,
+        prepare: Callable[[int], None] | None = None,
     ) -> None:
         self._name = name
         self._limits = limits

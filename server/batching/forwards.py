@@ -48,7 +48,7 @@ class Forwards:
         self,
         name: str,
         runs: Sequence[Run],
-        prepare: Callable[[], None] | None,
+        prepare: Callable[[int], None] | None,
         limits: Limits,
         answer: Answer,
         fail: Fail,
@@ -66,7 +66,9 @@ class Forwards:
         self._surprises: deque[int] = deque(maxlen=_MOST_SURPRISES)
         self._alone: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._instances = [Instance(f"layercast-{name}-{at}", run, prepare) for at, run in enumerate(runs)]
+        self._instances = [
+            Instance(f"layercast-{name}-{at}", run, prepare and partial(prepare, at)) for at, run in enumerate(runs)
+        ]
         # The one that ran last runs next, as long as it is enough: its memory is still in the processor's caches.
         self._free = self._instances[::-1]
 

@@ -47,15 +47,19 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Choice:
-    """A candidate for every bucket: `cells[l][r]` runs batches of length bucket l and row bucket r."""
+    """A candidate for every bucket: `cells[l][r]` runs batches of length bucket l and row bucket r.
+
+    So many `instances` of the model run batches at the same time.
+    """
 
     buckets: Buckets
     cells: tuple[tuple[Candidate, ...], ...]
+    instances: int = 1
 
     @classmethod
-    def only(cls, candidate: Candidate, buckets: Buckets) -> "Choice":
+    def only(cls, candidate: Candidate, buckets: Buckets, instances: int = 1) -> "Choice":
         """Return the choice of one candidate for everything."""
-        return cls(buckets, ((candidate,) * len(buckets.rows),) * len(buckets.lengths))
+        return cls(buckets, ((candidate,) * len(buckets.rows),) * len(buckets.lengths), instances)
 
     @property
     def used(self) -> list[Candidate]:
@@ -65,6 +69,10 @@ class Choice:
 
     def __str__(self) -> str:
         """Say in one line what runs what, as an operator reads it: `onnx (1 thread)`, or by rows and length."""
+        beside = f"{self.instances} instances: " if self.instances > 1 else ""
+        return beside + self._engines()
+
+    def _engines(self) -> str:
         if len(self.used) == 1:
             return str(self.used[0])
         if len(set(self.cells)) == 1:

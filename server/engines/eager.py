@@ -90,6 +90,16 @@ class EagerEngine:
             logger.warning("%s: no CUDA graphs, every batch runs layer by layer: %s", manifest.name, error)
         memory.release()  # of what was recorded so far, which the error held
 
+    def twin(self) -> "EagerEngine | None":
+        """Return an engine on a module with the same parameters and hooks of its own, for another thread on the host.
+
+        None where the module can't be copied.
+        """
+        module = _double(self._module)
+        if isinstance(module, Exception):
+            return None
+        return EagerEngine(module, self.manifest, self._place.device, self._precision)
+
     def forget_graphs(self) -> None:
         """Give back the memory of the CUDA graphs."""
         self._graphs = None

@@ -99,6 +99,8 @@ def open_session(
     options.log_severity_level = 3
     # Idle threads that spin would take the CPU from the event loop.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # As `processors` says. The first session of a process sets it for the thread that opens it, one way or the other.
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     with in_memory(content) as path:
         try:
             session = onnxruntime.InferenceSession(path, options, providers=list(providers))

@@ -19,16 +19,20 @@ from layercast.models.versions import tool_versions
 from layercast.server.engines import cuda
 from layercast.server.engines.choice import Buckets, Candidate, Choice
 from layercast.server.engines.timing import Costs
+from layercast.server.settings import MOST_INSTANCES
 
 logger = logging.getLogger(__name__)
 
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 _MOST: Final = 512
 """Files that are kept; the oldest go."""
 
 
 class Remembered:
-    """The choice of one artefact on this machine: in `folder`, or nowhere when that is None."""
+    """The choice of one artefact on this machine: in `folder`, or nowhere when that is None.
+
+    `instances` are those asked for, 0 where they are part of the choice.
+    """
 
     def __init__(
         self,
@@ -37,8 +41,10 @@ class Remembered:
         device: torch.device,
         candidates: list[Candidate],
         buckets: Buckets,
+        instances: int,
     ) -> None:
         self._candidates = candidates
+        self._instances = instances
         self._buckets = buckets
         self._path = folder / f"{manifest.name}-{self._key(manifest, device)}.json" if folder else None
 
@@ -52,13 +58,17 @@ class Remembered:
                 tuple(self._candidates[self._candidates.index(Candidate(*cell))] for cell in row)
                 for row in content["cells"]
             )
+            instances = content["instances"]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             logger.warning("the engines chosen before can't be read and are timed again: %s", type(error).__name__)
             return None
         wanted = [len(self._buckets.rows)] * len(self._buckets.lengths)
-        return Choice(self._buckets, cells) if [len(row) for row in cells] == wanted else None
+        if [len(row) for row in cells] != wanted or type(instances) is not int or not 1 <= instances <= MOST_INSTANCES:
+            logger.warning("the engines chosen before are not those of this model and are timed again")
+            return None
+        return Choice(self._buckets, cells, instances)
 
     def write(self, choice: Choice, costs: Costs) -> None:
         """Keep `choice`, with what it rests on for whoever reads the file. That it can't be kept is only logged."""
@@ -68,7 +78,8 @@ class Remembered:
             {"length": length, "rows": rows, "microseconds": _microseconds(cost)}
             for (length, rows), cost in costs.items()
         ]
-        text = json.dumps({"chosen": str(choice), "cells": choice.cells, "measured": measured}, indent=1)
+        content = {"chosen": str(choice), "instances": choice.instances, "cells": choice.cells, "measured": measured}
+        text = json.dumps(content, indent=1)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _replace(self._path, text)
@@ -83,6 +94,7 @@ class Remembered:
             "machine": _machine(device),
             "tools": tool_versions(),
             "candidates": self._candidates,
+            "instances": self._instances,
             "buckets": asdict(self._buckets),
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,22 +3,24 @@
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
+import torch
 
 from layercast.models.artefact import Golden, to_numpy
 from layercast.models.examples import Examples
 from layercast.models.manifest import Manifest
-from layercast.server.engines import timing
+from layercast.server.engines import instances, timing
 from layercast.server.engines.base import Engine, Inputs
 from layercast.server.engines.choice import Buckets, Candidate, Choice, ChosenEngine
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.golden import check_golden
 from layercast.server.engines.remembered import Remembered
 from layercast.server.engines.source import Source
+from layercast.server.inline import inline_rows
 from layercast.server.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,21 @@ class Engines:
             check_golden(engine, recorded, source.manifest, source.precision)
         return engines
 
+    def twin(self, source: Source, recorded: Golden) -> Self:
+        """Return engines for another instance on the host, each batch of which is computed by one thread.
+
+        They share the weights. Sessions and programs run in several threads at once; hooks are put on a module of the
+        instance's own.
+        """
+        eager = self.eager and (self.eager.twin() or source.eager())
+        if eager:
+            check_golden(eager, recorded, source.manifest, source.precision)
+        own = {
+            candidate: source.confined(eager, candidate) if eager and candidate.engine == "eager" else engine
+            for candidate, engine in self.fast.items()
+        }
+        return type(self)(own, eager)
+
     def chosen(self, choice: Choice, manifest: Manifest) -> Engine:
         """Return the engine that runs every batch as `choice` says."""
         used = choice.used
@@ -58,8 +75,9 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
     manifest, candidates = source.manifest, source.candidates(settings)
     buckets = Buckets.of(manifest.inputs, settings.max_batch)
     if len(candidates) == 1:
-        return Choice.only(candidates[0], buckets), Engines.load(source, candidates, recorded, buckets)
-    kept = Remembered(folder, manifest, source.device, candidates, buckets)
+        only = Choice.only(candidates[0], buckets, settings.instances or 1)
+        return only, Engines.load(source, candidates, recorded, buckets)
+    kept = Remembered(folder, manifest, source.device, candidates, buckets, settings.instances)
     if known := kept.read():
         engines = Engines.load(source, known.used, recorded, buckets)
         if engines.fast.keys() == set(known.used):
@@ -69,6 +87,10 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
     began = time.perf_counter()
     runs = {candidate: engine.run for candidate, engine in engines.fast.items()}
     choice, costs = timing.fastest(runs, _Batches(manifest, recorded).make, buckets, source.threads)
+    if settings.instances:
+        choice = replace(choice, instances=settings.instances)
+    elif several := _several(source, engines, choice, costs, recorded):
+        choice = several
     kept.write(choice, costs)
     tried = ", ".join(map(str, runs))
     logger.info("%s: %s; measured %s in %.1f s", manifest.name, choice, tried, time.perf_counter() - began)
@@ -77,6 +99,27 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
     if engines.eager and engines.eager not in used.values():
         engines.eager.forget_graphs()
     return choice, Engines(used, engines.eager)
+
+
+def _several(source: Source, engines: Engines, one: Choice, costs: timing.Costs, recorded: Golden) -> Choice | None:
+    """Return the choice for an instance a processor where these answer more than one that runs as `one` says."""
+    manifest, count, buckets = source.manifest, source.threads, one.buckets
+    if source.device.type != "cpu" or not 1 < count <= instances.MOST_TRIED:
+        return None
+    single = engines.chosen(one, manifest)
+    if any(inline_rows(single, source.directory, manifest, golden_rows(recorded, 1), buckets.rows[-1])):
+        return None  # its small batches run on the event loop, which several instances would have to be handed
+    alone = [candidate for candidate in engines.fast if candidate.threads == 1]
+    several = replace(timing.choose(alone, buckets, costs), instances=count)
+    team = instances.Team(count)
+    try:
+        batch, run = _Batches(manifest, recorded).make, engines.chosen(several, manifest).run
+        gain = instances.gain(single.run, run, team, count, batch, buckets)
+    finally:
+        team.close()
+        torch.set_num_threads(count)  # new threads are given what was set last anywhere
+    logger.info("%s: %d instances of one thread answer %.2f times as much as one", manifest.name, count, gain)
+    return several if gain > instances.WORTH else None
 
 
 def golden_rows(recorded: Golden, rows: int) -> Inputs:

@@ -14,6 +14,7 @@ from layercast.models.manifest import Manifest
 from layercast.server.engines import programs
 from layercast.server.engines.base import Engine, EngineError
 from layercast.server.engines.choice import Candidate
+from layercast.server.engines.confined import Confined
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.onnx import OnnxEngine
 from layercast.server.settings import EngineName, ModelSettings, Precision
@@ -22,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 # torch.export programs load slowly and run as eager does here; they are used when asked for.
 _TRIED: Final[tuple[EngineName, ...]] = ("onnx", "torchscript")
+_POOLED: Final[tuple[EngineName, ...]] = ("onnx", "onnx-int8")
+"""Engines with threads of their own. Torch's take those of the thread that runs them."""
+
 _CODE: Final[tuple[EngineName, ...]] = ("torchscript", "exported")
 """Programs that are code: of artefacts that are not trusted they run only when asked for by name."""
-
-_POOLED: Final[tuple[EngineName, ...]] = ("onnx", "onnx-int8")
-"""Engines with threads of their own, which are worth trying with one: waking another costs what a small batch does."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Source:
         if asked not in ("auto", "eager", *self.manifest.programs):
             raise EngineError(f"engine {asked} is asked for, but the artefact has no such program")
         names = [asked] if asked != "auto" else self._of_auto(settings)
-        return [Candidate(name, threads) for name in names for threads in self._threads(name)]
+        return [Candidate(name, threads) for name in names for threads in self._threads()]
 
     def engines(self, candidates: Iterable[Candidate], eager: EagerEngine | None) -> dict[Candidate, Engine]:
         """Load the engines of `candidates`; one that can't be had here is left out with a warning.
@@ -73,16 +74,27 @@ class Source:
         EngineError when that is so of all.
         """
         engines: dict[Candidate, Engine] = {}
+        in_torch: dict[EngineName, Engine] = {}
         failed: EngineError | None = None
         for candidate in candidates:
             try:
-                engines[candidate] = eager if candidate.engine == "eager" and eager else self._program(candidate)
+                if candidate.engine in _POOLED:
+                    engines[candidate] = self._program(candidate)
+                    continue
+                if candidate.engine not in in_torch:
+                    given = eager if candidate.engine == "eager" else None
+                    in_torch[candidate.engine] = given or self._program(candidate)
+                engines[candidate] = self.confined(in_torch[candidate.engine], candidate)
             except EngineError as error:
                 logger.warning("%s: engine %s left out: %s", self.manifest.name, candidate, error)
                 failed = error
         if failed and not engines:
             raise failed
         return engines
+
+    def confined(self, engine: Engine, candidate: Candidate) -> Engine:
+        """Return torch's `engine` so that it computes with the candidate's threads: those it would use, or fewer."""
+        return engine if candidate.threads == self.threads else Confined(engine, candidate.threads)
 
     def _of_auto(self, settings: ModelSettings) -> list[EngineName]:
         if settings.precision == "bf16":
@@ -101,9 +113,9 @@ class Source:
             raise EngineError(f"no program of it can run without its module, and {self.untrusted}{also}")
         return names
 
-    def _threads(self, name: EngineName) -> list[int]:
-        many = self.threads > 1 and self.device.type == "cpu" and name in _POOLED
-        return [1, self.threads] if many else [self.threads]
+    def _threads(self) -> list[int]:
+        """Return how many threads are worth trying: waking another costs what a small batch does."""
+        return [1, self.threads] if self.threads > 1 and self.device.type == "cpu" else [self.threads]
 
     def _program(self, candidate: Candidate) -> Engine:
         if candidate.engine == "torchscript":

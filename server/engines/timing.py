@@ -20,7 +20,7 @@ _LEAST_ROUNDS: Final = 4
 _ENOUGH: Final = 0.03
 """Seconds for the runs of one bucket, after which only the least rounds are made."""
 
-_SLOW: Final = 0.02
+SLOW: Final = 0.02
 """Seconds of a batch from which on more rows change nothing: larger ones are computed as this one."""
 
 _WARM: Final = 3
@@ -80,9 +80,9 @@ def fastest(
             if measured is None:
                 break
             costs[length, rows], seconds = measured
-            if seconds > _SLOW:
+            if seconds > SLOW:
                 break
-    return _choose(list(runs), buckets, costs), costs
+    return choose(list(runs), buckets, costs), costs
 
 
 def _measure(
@@ -151,7 +151,7 @@ def _once(run: Run, inputs: Inputs, clock: Callable[[], Instant]) -> Instant:
     return Instant(end.wall - start.wall, end.cpu - start.cpu)
 
 
-def _choose(candidates: list[Candidate], buckets: Buckets, costs: Costs) -> Choice:
+def choose(candidates: list[Candidate], buckets: Buckets, costs: Costs) -> Choice:
     """Choose for each length one candidate, or one for the smaller batches and one for the larger.
 
     More changes than that along the rows are the noise of a busy machine: what differs is what a run costs whatever

@@ -9,6 +9,10 @@ import numpy as np
 from layercast.server.work import Array
 
 _TRIALS: Final = 5
+_LEAST_TRIALS: Final = 2
+_CLEAR: Final = 1.25
+"""As many times as long as the other, and a way is slower beyond doubt: the least trials are enough."""
+
 _AGAIN: Final = 200
 """One batch in so many goes both ways again: the first ones may have met a busy machine."""
 
@@ -26,12 +30,19 @@ class Trial:
     def due(self) -> bool:
         """Count a batch and tell whether it should go both ways."""
         self.batches += 1
-        return len(self.part) < _TRIALS or self.batches % _AGAIN == 0
+        return len(self.part) < (_LEAST_TRIALS if self._clear else _TRIALS) or self.batches % _AGAIN == 0
 
     @property
     def won(self) -> bool:
         """Whether the part was faster."""
         return min(self.part) < min(self.plain)
+
+    @property
+    def _clear(self) -> bool:
+        if not self.part:
+            return False
+        shorter, longer = sorted((min(self.part), min(self.plain)))
+        return longer > _CLEAR * shorter
 
 
 def same(got: Array, wanted: Array) -> bool:

@@ -254,7 +254,7 @@ async def off_loop(size: int, function: Callable[P, T], *args: P.args, **kwargs:
 def _named(manifest: Manifest, wanted: Wanted, answers: list[Answer]) -> list[Tensor]:
     """Return (name, datatype, values) in the order asked, the parts of a split request joined."""
     outputs = {spec.name: spec for spec in manifest.outputs}
-    taps = {asked.name: asked.tap for asked in wanted.layers}
+    taps = wanted.layers_by_name
     tensors: list[Tensor] = []
     for name in wanted.order:
         if name in taps:

@@ -9,6 +9,8 @@ import numpy as np
 from layercast.models.manifest import TensorSpec
 from layercast.proto.codec import DATATYPES
 from layercast.server.model import Group
+from layercast.server.monitor import Kind
+from layercast.server.service.requests import Wanted
 from layercast.server.service.template import Template
 from layercast.server.work import Array
 
@@ -29,14 +31,20 @@ class View(NamedTuple):
 
 
 class Form:
-    """Requests whose inputs have these shapes. `group` says which works share a forward with theirs."""
+    """Requests whose inputs have these shapes, and that ask for the same. `group` says who shares a forward with them.
 
-    __slots__ = ("group", "rows", "sizes", "template", "views")
+    `taps` are the layers that they ask for, `predict` tells whether they ask for outputs too.
+    """
 
-    def __init__(self, views: Sequence[View], sizes: tuple[int, ...], template: Template) -> None:
+    __slots__ = ("group", "kind", "predict", "rows", "sizes", "taps", "template", "views")
+
+    def __init__(self, views: Sequence[View], sizes: tuple[int, ...], wanted: Wanted, template: Template) -> None:
         self.views = views
         self.sizes = sizes
         self.rows = views[0].shape[0]
+        self.taps = wanted.taps
+        self.predict = bool(wanted.outputs)
+        self.kind: Kind = "features" if self.taps else "predict"
         self.template = template
         self.group: Group | None = None
 

@@ -132,7 +132,7 @@ def _whole(raw: bytes, named: int, described: int, middle: bytes, request: Model
         raw[0] == _NAME
         and names == ModelInferRequest(model_name=request.model_name, model_version=request.model_version)
         and own == ModelInferRequest(id=request.id)
-        and rest == ModelInferRequest(inputs=request.inputs)
+        and rest == ModelInferRequest(inputs=request.inputs, outputs=request.outputs)
     )
 
 

@@ -24,7 +24,7 @@ from layercast.server.service.parameters import asks_raw, check_parameters
 from layercast.server.service.plain import Plain
 from layercast.server.service.requests import Wanted, check_inputs, join, resolve_outputs, warnings
 from layercast.server.service.short import Short, Told
-from layercast.server.service.template import id_field
+from layercast.server.service.template import id_field, values_of
 from layercast.server.work import Array, Terms
 
 
@@ -77,6 +77,8 @@ class InferenceService:
     def begin(self, known: Known, deadline: float | None, peer: str, call: Told) -> Short | None:
         """Begin to answer a plain request if its values are right; else do nothing and return None."""
         start = time.perf_counter_ns()
+        if known.form.taps and not scopes.has(scopes.FEATURES):
+            return None
         inputs = known.form.inputs(known.contents)
         if inputs is None:
             return None
@@ -88,7 +90,7 @@ class InferenceService:
         """Begin to answer plain requests of one form as one work; None, nothing being done, if that may not be."""
         start, form, model = time.perf_counter_ns(), requests[0].known.form, requests[0].known.model
         many = len(requests)
-        if many == 1 or not model.takes_together(form.rows * many, sum(form.sizes) * many):
+        if many == 1 or form.taps or not model.takes_together(form.rows * many, sum(form.sizes) * many):
             return None
         inputs = form.together([asked.known.contents for asked in requests])
         if inputs is None:
@@ -138,7 +140,8 @@ class InferenceService:
     def _plain_of(self, model: ServedModel) -> Plain:
         plain = self._plain.get(model)
         if plain is None:
-            plain = self._plain[model] = Plain(model.manifest, self._answering.max_bytes, LARGE)
+            settings = model.loaded.settings
+            plain = self._plain[model] = Plain(model.manifest, self._answering.max_bytes, LARGE, settings)
         return plain
 
     async def _answer_plain(
@@ -151,14 +154,20 @@ class InferenceService:
         call: Call,
         timer: Timer,
     ) -> None:
-        scopes.require(scopes.PREDICT, to="asking for outputs")
+        if form.predict:
+            scopes.require(scopes.PREDICT, to="asking for outputs")
+        if form.taps:
+            scopes.require(scopes.FEATURES, to="asking for layers")
         timer.decoded()
-        answers = await model.run(inputs, form.rows, (), True, Terms(call.deadline, peer=call.peer))
+        answers = await model.run(inputs, form.rows, form.taps, form.predict, Terms(call.deadline, peer=call.peer))
         answered = timed([], answers)
         timer.ran(answered)
-        outputs = {name: join([answer.outputs[name] for answer in answers]) for name in answers[0].outputs}
+        parts = [values_of(answer) for answer in answers]
+        values = {source: join([part[source] for part in parts]) for source in parts[0]}
+        if form.taps:
+            model.monitor.tapped(len(form.taps), sum(values[tap].nbytes for tap in form.taps))
         times = answered.queue_ns, answered.compute_ns, answered.batch_rows
-        response.MergeFromString(form.template.answer(id_field(request), outputs, *times))
+        response.MergeFromString(form.template.answer(id_field(request), values, *times))
 
     def _decode(self, model: ServedModel, request: ModelInferRequest) -> _Asked:
         manifest = model.manifest

@@ -23,6 +23,11 @@ class Wanted:
     """Names of the answer's tensors, outputs and layers, as asked."""
 
     @property
+    def layers_by_name(self) -> dict[str, Tap]:
+        """The layers' taps by the names that the answer carries."""
+        return {asked.name: asked.tap for asked in self.layers}
+
+    @property
     def taps(self) -> tuple[Tap, ...]:
         """The layers' taps, none twice."""
         return tuple(dict.fromkeys(asked.tap for asked in self.layers))

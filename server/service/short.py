@@ -9,6 +9,7 @@ from layercast.server.batching.waiting import Waiting
 from layercast.server.errors import DeadlineCancelled
 from layercast.server.service.answering import begin, failed, succeeded
 from layercast.server.service.heads import Known
+from layercast.server.service.template import values_of
 from layercast.server.work import Answer, Array, Terms
 
 
@@ -79,25 +80,25 @@ class Short(Queued):
         try:
             model.batcher.check_room(form.rows, terms.peer)
             if form.group is None:
-                form.group = model.group(inputs)
-            self._waiting = model.enqueue(inputs, form.rows, form.group, terms, self)
+                form.group = model.group(inputs, exact=bool(form.taps))
+            self._waiting = model.enqueue(inputs, form.rows, form.group, terms, self, form.taps, form.predict)
         except Exception as error:
             self._fail(error)
 
     def set_result(self, answer: Answer) -> None:
         """Encode the answer and tell the call."""
-        ran, known = time.perf_counter_ns(), self._known
+        ran, (model, form, id_field, _) = time.perf_counter_ns(), self._known
         queue_ns, compute_ns = answer.queue_ns, answer.compute_ns
         try:
-            content = known.form.template.answer(
-                known.id_field, answer.outputs, queue_ns, compute_ns, answer.batch_rows
-            )
+            content = form.template.answer(id_field, values_of(answer), queue_ns, compute_ns, answer.batch_rows)
         except Exception as error:
             self._fail(error)
             return
         self._over()
+        if form.taps:
+            model.monitor.tapped(len(form.taps), sum(values.nbytes for values in answer.features.values()))
         now, start = time.perf_counter_ns(), self._start
-        succeeded(known.model, "predict", now - start, self._decoded - start, queue_ns, compute_ns, now - ran)
+        succeeded(model, form.kind, now - start, self._decoded - start, queue_ns, compute_ns, now - ran)
         self._call.answered(content)
 
     def set_exception(self, error: Exception) -> None:
@@ -109,10 +110,10 @@ class Short(Queued):
     def cancel(self, late: bool) -> None:
         """The caller has gone, or else (`late`) its deadline is over. Nothing is told any more, and no row waits."""
         if not self._done:
-            failed(self._known.model, "predict", self._withdraw(late), self._start)
+            failed(self._known.model, self._known.form.kind, self._withdraw(late), self._start)
             self._call.left(late)
 
     def _fail(self, error: Exception) -> None:
         self._over()
-        failed(self._known.model, "predict", error, self._start)
+        failed(self._known.model, self._known.form.kind, error, self._start)
         self._call.failed(error)

@@ -1,0 +1,128 @@
+"""How many instances answer more, on a machine whose clock is the test's; and where their threads compute."""
+
+import os
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from layercast.server import processors
+from layercast.server.engines.choice import Buckets
+from layercast.server.engines.instances import Team, gain
+
+BUCKETS = Buckets((1, 2, 4, 8, 16, 32))
+
+
+class Machine:
+    """Runs a batch for so many microseconds, by its rows; several at once for `together` times as long as one alone."""
+
+    def __init__(self, one, several, together=1.0):
+        self.one, self.several, self.together = one, several, together
+        self.wall = 0.0
+        self.runs: Counter[int] = Counter()
+
+    def gain(self, count=2, buckets=BUCKETS):
+        return gain(self.single, lambda inputs: None, self.at_once, count, self.batch, buckets, lambda: self.wall)
+
+    def single(self, inputs):
+        self.runs[len(inputs["x"])] += 1
+        self.wall += self.one(len(inputs["x"])) / 1e6
+
+    def at_once(self, run, inputs):
+        run(inputs)
+        self.wall += self.several(len(inputs["x"])) * self.together / 1e6
+
+    @staticmethod
+    def batch(rows, length):
+        return {"x": np.empty((rows, length))}
+
+
+def test_the_gain_is_in_rows_that_are_shared():
+    assert Machine(lambda rows: 100 * rows, lambda rows: 100 * rows).gain() == pytest.approx(2)
+    assert Machine(lambda rows: 100 * rows, lambda rows: 100 * rows, together=2).gain() == pytest.approx(1)
+    assert Machine(lambda rows: 50 * rows, lambda rows: 100 * rows).gain(count=4) == pytest.approx(2)
+
+
+def test_what_a_batch_costs_whatever_its_rows_is_paid_by_each():
+    assert Machine(lambda rows: 1000 + rows, lambda rows: 1000 + rows).gain() == pytest.approx(1, abs=0.02)
+
+
+def test_rows_that_cannot_be_shared_evenly_count_as_lost():
+    found = Machine(lambda rows: 100 * rows, lambda rows: 100 * rows).gain(count=3, buckets=Buckets((8,)))
+    assert found == pytest.approx(8 / 2 * 6 / 8)
+
+
+def test_batches_with_too_few_rows_for_all_are_not_tried_and_slow_ones_only_once():
+    machine = Machine(lambda rows: 10_000 * rows, lambda rows: 10_000 * rows)
+    assert machine.gain() == pytest.approx(2)
+    assert set(machine.runs) == {4}
+    assert machine.wall < 1
+    assert Machine(lambda rows: 1, lambda rows: 1).gain(count=32) == 0
+
+
+def test_what_fails_several_times_at_once_runs_once(caplog):
+    def broken(rows: int) -> float:
+        raise RuntimeError("not from two threads")
+
+    assert Machine(lambda rows: 1, broken).gain() == 0
+    assert "not from two threads" in caplog.text
+
+
+def test_a_team_runs_at_the_same_time_with_one_thread_each_and_passes_errors_on():
+    meeting, threads = threading.Barrier(3), []
+
+    def run(inputs):
+        meeting.wait(20)
+        threads.append((torch.get_num_threads(), np.float32(1e-40) * np.float32(1) == 0))
+        return inputs
+
+    def broken(inputs):
+        raise ValueError("no such size")
+
+    team = Team(3)
+    try:
+        team(run, {})
+        assert threads == [(1, True)] * 3
+        with pytest.raises(ValueError, match="no such size"):
+            team(broken, {})
+    finally:
+        team.close()
+
+
+def affinity(monkeypatch, processors_allowed, budget):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda of: set(processors_allowed), raising=False)
+    monkeypatch.setattr(processors, "cpu_budget", lambda: budget)
+
+
+def test_instances_have_processors_of_their_own_where_all_are_this_processs(monkeypatch):
+    affinity(monkeypatch, {2, 3, 5, 7}, 4)
+    assert [processors.share(2, 2, at) for at in (0, 1)] == [{2, 3}, {5, 7}]
+    assert [processors.share(1, 4, at) for at in range(4)] == [{2}, {3}, {5}, {7}]
+    assert processors.share(1, 5, 0) == set(), "more instances than processors"
+    affinity(monkeypatch, {2, 3, 5, 7}, 3)
+    assert processors.share(1, 2, 0) == set(), "a quota of processors that others use too"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux has affinities")
+@pytest.mark.parametrize(("count", "card"), [(2, False), (1, False), (2, True)])
+def test_a_thread_that_is_prepared_keeps_to_its_processors(count, card):
+    allowed, found = os.sched_getaffinity(0), []
+
+    def prepared():
+        processors.prepare(1, count, card, 0)
+        found.append((os.sched_getaffinity(0), torch.get_num_threads(), np.float32(1e-40) * np.float32(1) == 0))
+
+    thread = threading.Thread(target=prepared)
+    thread.start()
+    thread.join()
+    own = processors.share(1, count, 0) if count > 1 and not card else allowed
+    assert found == [(own or allowed, 1, True)]
+    assert os.sched_getaffinity(0) == allowed
+
+
+def test_small_numbers_are_themselves_again_after_a_load():
+    with processors.denormals_are_zero():
+        assert np.float32(1e-40) * np.float32(1) == 0
+    assert np.float32(1e-40) * np.float32(1) != 0
