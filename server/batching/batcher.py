@@ -271,9 +271,10 @@ class Batcher:
         """Run a batch that was taken from the queue; tell whether it has ended."""
         held = self._queue.held
         self._observer.queued(held.rows, held.bytes)
+        waited = self._observer.waited
         for work in batch.works:
             work.started = now
-            self._observer.waited((now - work.arrived) / 1e9, work.requests)
+            waited((now - work.arrived) / 1e9, work.requests)
         return self._forwards.start(batch, here=self._patience.here)
 
     def _look_after_delay(self, now: int) -> None:
