@@ -10,8 +10,9 @@ from layercast.models.onnx_shapes import steady
 from layercast.server.engines.base import Engine, Inputs
 from layercast.server.engines.timing import durations
 
-_LIMIT: Final = 0.00025
-"""Seconds. A hand-over takes 0.1 ms of a processor and more; nothing else is answered while a forward runs inline,"""
+_LIMIT: Final = 0.00075
+"""Seconds. A hand-over takes 0.1 ms of a processor, and twice that where the loop is busy, since both threads want
+Python's lock; nothing else is answered while a forward runs inline,"""
 _LIMIT_A_REQUEST: Final = 0.00001
 """but that is so while requests are read and answered too, each of which takes several times as long."""
 _RUNS: Final = 9

@@ -115,6 +115,7 @@ class ServedModel:
                 runner.taps.on_stopped = partial(_told, loop, monitor.stopped_early)
         prepare = partial(processors.prepare, loaded.threads, len(loaded.runners), bool(loaded.cards))
         limits = replace(loaded.limits, together=together)
+        self.gathers = self._batching and limits.gathers
         self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, prepare)
         self.streams = OpenStreams(self.manifest.name, loaded.limits.queue_bytes, monitor)
 

@@ -43,12 +43,14 @@ class Course:
 
     `admitted` is set once the first is queued: the others are part of what was admitted. `counted` is set once the
     request's end is counted, or is not to be: the parts that end with it are not counted again. Or else, what the
-    `requests` have in common that are queued as one work, and end together.
+    `requests` have in common that are queued as one work, and end together. `here` says that they have waited for each
+    other, so that a short forward on the event loop delays nobody who would have shared it.
     """
 
     admitted: bool = False
     counted: bool = False
     requests: int = 1
+    here: bool = False
 
 
 @dataclass(slots=True)
@@ -58,7 +60,8 @@ class Terms:
     `deadline` is the caller's, in seconds on the event loop's clock. `timeout` is how many seconds the request lets
     itself wait in the queue; it may shorten the model's own limit, not extend it. `priority` is 1 for the highest
     level; 0, or a level that the model does not have, is the model's default. `peer` is who asks: peers share a model
-    evenly. `course` is what the parts share of a request that is queued part after part.
+    evenly. `course` is what the parts share of a request that is queued part after part. `waited_ns` is how long the
+    rows have waited already.
     """
 
     deadline: float | None = None
@@ -66,6 +69,7 @@ class Terms:
     priority: int = 0
     peer: str = ""
     course: Course | None = None
+    waited_ns: int = 0
 
 
 class Asker(Protocol):

@@ -50,6 +50,7 @@ def served(
     outputs: tuple[TensorSpec, ...] = SUMS,
     layers: tuple[LayerSpec, ...] = (),
     taps: Tapping | None = None,
+    inline: tuple[int, int] = (0, 0),
     **settings: Any,
 ) -> ServedModel:
     """Return a model `m` of these inputs, outputs and layers that answers what `function` and `taps` give."""
@@ -63,7 +64,8 @@ def served(
         files={"weights.safetensors": _ENTRY, "golden.safetensors": _ENTRY},
     )
     chosen = ModelSettings(**{"max_batch": 8, "max_delay_ms": 0, **settings})
-    loaded = Loaded(manifest, chosen, (Runner(manifest, Engine(function), None, taps),), 1, 0.0, 0.0)
+    runners = (Runner(manifest, Engine(function), None, taps),)
+    loaded = Loaded(manifest, chosen, runners, 1, 0.0, 0.0, inline_rows=inline)
     return ServedModel(loaded, ModelMonitor(metrics, "m", "1", "cpu", loaded.limits))
 
 
@@ -117,7 +119,7 @@ class Subject:
         self.metrics = Metrics()
         self.model = served(function, self.metrics, **model)
         self.batcher = self.model.batcher
-        service = InferenceService(Answering(Shelf([self.model]), self.metrics, 1 << 20))  # type: ignore[arg-type]
+        self.service = service = InferenceService(Answering(Shelf([self.model]), self.metrics, 1 << 20))  # type: ignore[arg-type]
         counted = Counted(INFERENCE_SERVICE, "ModelInfer", self.metrics)
         begin = service.begin_model_infer if short else None
         self.rpc = UnaryRpc(INFERENCE["ModelInfer"], service.model_infer, counted, begin)

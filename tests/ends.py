@@ -44,8 +44,13 @@ async def queued(subject: Subject, *asks: tuple[Any, ...]) -> list[Asked]:
     asked = []
     for ask in asks:
         asked.append(subject.ask(*ask))
-        await asyncio.sleep(0)  # the general path's task queues the rows in its first step
+        await begun(subject)
     return asked
+
+
+async def begun(subject: Subject) -> None:
+    """Return once what was asked is in the queue."""
+    await asyncio.sleep(0)  # the general path's task queues the rows in its first step
 
 
 async def answered(subject: Subject) -> Sequence[Asked]:

@@ -153,15 +153,6 @@ def test_of_an_engine_that_is_set_only_the_threads_are_measured(artefact, tmp_pa
     assert len(timed.tried) == 1
 
 
-@pytest.mark.parametrize(("chosen", "threads"), [(ONE, 1), (TWO, 2), (EAGER, 2)], ids=str)
-def test_parts_of_the_program_compute_with_as_many_threads_as_the_whole(artefact, timed, monkeypatch, chosen, threads):
-    timed.chosen = (chosen,)
-    found = []
-    monkeypatch.setattr(tapping, "program", lambda *arguments: found.append(arguments[3]))
-    loaded(artefact, None)
-    assert found == [threads]
-
-
 @pytest.mark.parametrize(("engine", "alone"), [("torchscript", SCRIPT_ALONE), ("eager", EAGER_ALONE)])
 def test_torch_computes_a_batch_with_the_threads_that_were_chosen(artefact, timed, engine, alone):
     timed.chosen = (alone,)
@@ -232,6 +223,15 @@ def test_layers_read_by_one_instance_are_no_business_of_another(artefact, timed)
     np.testing.assert_allclose(outputs["output"], tiny.expected(1, tiny.ROWS), atol=1e-5)
     assert list(taps) == [Tap(layer)]
     assert hooks[-1] == 0
+
+
+@pytest.mark.parametrize(("chosen", "threads"), [(ONE, 1), (TWO, 2), (EAGER, 2)], ids=str)
+def test_parts_of_the_program_compute_with_as_many_threads_as_the_whole(artefact, timed, monkeypatch, chosen, threads):
+    timed.chosen = (chosen,)
+    found = []
+    monkeypatch.setattr(tapping, "program", lambda *arguments: found.append(arguments[3]))
+    loaded(artefact, None)
+    assert found == [threads]
 
 
 def test_engines_that_run_nothing_leave_memory(artefact, timed, monkeypatch):

@@ -45,7 +45,7 @@ class Admission:
         priority = terms.priority if 1 <= terms.priority <= limits.priorities else limits.priorities
         now = time.perf_counter_ns()
         for work in works:
-            work.parts, work.peer, work.expires, work.arrived = works, terms.peer, expires, now
+            work.parts, work.peer, work.expires, work.arrived = works, terms.peer, expires, now - terms.waited_ns
             work.course, work.priority = terms.course, priority
             self._queue.push(work)
 

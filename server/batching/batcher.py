@@ -82,8 +82,13 @@ class Batcher:
 
     def takes_together(self, rows: int, size: int) -> bool:
         """Tell whether requests of so many rows and bytes may be queued as one work: here no row has to run apart."""
-        apart = len(self._forwards) > 1 or self._limits.preferred
-        return not (apart or self._draining) and self._admission.fits(rows, size)
+        apart = self._draining or self._limits.preferred or len(self._forwards) > 1
+        return not apart and self._admission.fits(rows, size)
+
+    def runs_at_once(self, rows: int, requests: int) -> bool:
+        """Tell whether so many rows of so many requests, if queued now, run on the event loop, in its next pass."""
+        waits = self._held or self._queue.held.works or self._limits.max_delay or not self._forwards.free
+        return not waits and self._forwards.inline(rows, requests)
 
     async def submit(self, works: Sequence[Work], terms: Terms = _NOW) -> list[Answer]:
         """Queue the works of one request, all or none, and return their answers in order.
@@ -159,10 +164,9 @@ class Batcher:
         await self._forwards.stop(seconds if settled else 0.0)
 
     def _ask(self, works: Sequence[Work]) -> "list[asyncio.Future[Answer]]":
-        futures: list[asyncio.Future[Answer]] = []
-        for work in works:
-            future = work.asker = self._loop.create_future()
-            futures.append(future)
+        futures: list[asyncio.Future[Answer]] = [self._loop.create_future() for _ in works]
+        for work, future in zip(works, futures, strict=True):
+            work.asker = future
         return futures
 
     def _admit(self, works: Sequence[Work], terms: Terms) -> None:
@@ -192,11 +196,8 @@ class Batcher:
         if seconds is not None:
             timers.append(self._loop.call_later(seconds, self._time_out, works, seconds, terms.course))
         if terms.deadline is not None:
-            timers.append(self._loop.call_at(terms.deadline, self._expire, works))
+            timers.append(self._loop.call_at(terms.deadline, lambda: self._end(works, too_late())))
         return timers
-
-    def _expire(self, works: Sequence[Work]) -> None:
-        self._end(works, too_late())
 
     def _time_out(self, works: Sequence[Work], seconds: float, course: Course | None) -> None:
         if any(work in self._queue for work in works):
@@ -244,16 +245,14 @@ class Batcher:
             if not gathered.batch:
                 self._look_after_delay(now)
                 break
-            if self._start(gathered.batch, now):
-                if self._queue.held.works:
-                    self._look_soon()  # it ran on this loop: others come first now
+            if self._start(gathered.batch, now) and self._queue.held.works:
+                self._look_soon()  # it ran on this loop: others come first now
                 break
         self._settle()
 
     def _forget_looks(self) -> None:
-        for handle in (self._next_look, self._delay_over):
-            if handle:
-                handle.cancel()
+        for handle in filter(None, (self._next_look, self._delay_over)):
+            handle.cancel()
         self._next_look = self._delay_over = None
 
     def _more_may_come(self) -> bool:
@@ -272,9 +271,10 @@ class Batcher:
         """Run a batch that was taken from the queue; tell whether it has ended."""
         held = self._queue.held
         self._observer.queued(held.rows, held.bytes)
+        waited = self._observer.waited
         for work in batch.works:
             work.started = now
-            self._observer.waited((now - work.arrived) / 1e9, work.requests)
+            waited((now - work.arrived) / 1e9, work.requests)
         return self._forwards.start(batch, here=self._patience.here)
 
     def _look_after_delay(self, now: int) -> None:

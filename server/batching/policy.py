@@ -39,6 +39,12 @@ class Limits:
     together: bool = False
 
     @property
+    def gathers(self) -> bool:
+        """Whether plain requests, which come one by one, had better wait for each other before they are queued."""
+        short = self.inline_rows or self.inline_single_rows
+        return bool(short) and not (self.together or self.max_delay or self.preferred)
+
+    @property
     def delay_ns(self) -> int:
         """`max_delay` in nanoseconds."""
         return int(self.max_delay * 1e9)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from layercast.server.work import Work
 
-# An OrderedDict is a linked list: its first entry is found at once even after many others before it were deleted.
-_Line = OrderedDict[Work, None]
+# An OrderedDict is a linked list: its first entry is found at once even after many others before it were deleted. A
+# line of one work, as most are, is a plain dictionary, which is made in a fifth of the time.
+_Line = dict[Work, None]
 """Works of one peer, in order of arrival."""
 
 
@@ -22,6 +23,13 @@ class Held:
     rows: int = 0
     bytes: int = 0
     requests: int = 0
+
+    def add(self, works: int, rows: int, size: int, requests: int) -> None:
+        """Hold so much more, or less where it is below 0."""
+        self.works += works
+        self.rows += rows
+        self.bytes += size
+        self.requests += requests
 
 
 @dataclass(slots=True)
@@ -37,12 +45,12 @@ class Queue:
 
     def __init__(self, ripe: int) -> None:
         self._ripe = ripe
-        self._order: _Line = OrderedDict()
+        self._order: OrderedDict[Work, None] = OrderedDict()
         self._levels: dict[int, _Level] = {}
         self._group_rows: dict[Hashable, int] = {}
         self._ripe_keys: set[Hashable] = set()
         self.held = Held()
-        self.peers: defaultdict[str, Held] = defaultdict(Held)
+        self.peers: dict[str, Held] = {}
 
     def __len__(self) -> int:
         return len(self._order)
@@ -57,19 +65,22 @@ class Queue:
     def push(self, work: Work) -> None:
         """Append `work` to its peer's line."""
         level = self._levels.get(work.priority) or self._new_level(work.priority)
-        peer, key, rows, requests = work.peer, work.key, work.rows, work.requests
+        peer, key, rows, size, requests = work.peer, work.key, work.rows, work.bytes, work.requests
         for lines in (level.peers, level.groups[key]):
             line = lines.get(peer)
             if line is None:
-                lines[peer] = OrderedDict({work: None})
+                lines[peer] = {work: None}
             else:
+                if len(line) == 1:
+                    line = lines[peer] = OrderedDict(line)
                 line[work] = None
         self._order[work] = None
-        for held in (self.held, self.peers[peer]):
-            held.works += 1
-            held.rows += rows
-            held.bytes += work.bytes
-            held.requests += requests
+        own = self.peers.get(peer)
+        if own is None:
+            self.peers[peer] = Held(1, rows, size, requests)
+        else:
+            own.add(1, rows, size, requests)
+        self.held.add(1, rows, size, requests)
         total = self._group_rows[key] = self._group_rows.get(key, 0) + rows
         if total >= self._ripe:
             self._ripe_keys.add(key)
@@ -90,10 +101,7 @@ class Queue:
         if not group:
             del level.groups[key]
         for held in (self.held, own):
-            held.works -= 1
-            held.rows -= rows
-            held.bytes -= work.bytes
-            held.requests -= requests
+            held.add(-1, -rows, -work.bytes, -requests)
         if not own.works:
             del self.peers[peer]
         total = self._group_rows[key] - rows
@@ -158,16 +166,23 @@ class Queue:
                 (only,) = lines.values()
                 rows = _append(works, rows, only, limit)
                 continue
-            fresh, again = iter(lines.values()), deque[Iterator[Work]]()
-            while rows < limit:
-                line = next(fresh, None)
-                if line is None and not again:
+            again: deque[Iterator[Work]] = deque()
+            for line in lines.values():
+                if rows >= limit:
                     break
-                turn = iter(line) if line is not None else again.popleft()
-                work = next(turn, None)
-                if work is not None and (not works or rows + work.rows <= limit):
+                turn = iter(line)
+                work = next(turn)
+                if not works or rows + work.rows <= limit:
                     works.append(work)
                     rows += work.rows
+                    if len(line) > 1:
+                        again.append(turn)
+            while again and rows < limit:
+                turn = again.popleft()
+                following = next(turn, None)
+                if following is not None and rows + following.rows <= limit:
+                    works.append(following)
+                    rows += following.rows
                     again.append(turn)
         return works
 

@@ -1,17 +1,16 @@
-"""Plain requests of a stream that came together: queued as one work, and each answered as if it had come alone."""
+"""Plain requests that came or waited together: queued as one work, and each answered as if it had come alone."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from layercast.server.errors import Evicted, OutOfMemory, ServingError
 from layercast.server.service.answering import LARGE, begin, failed, succeeded
 from layercast.server.service.heads import Known
-from layercast.server.service.short import Queued, Short, Told
+from layercast.server.service.short import Queued, Short, Told, abandoned
 from layercast.server.work import Answer, Array, Course, Terms
 
 C = TypeVar("C", bound=Told)
-_NO_TERMS: Final = Terms()
 
 
 class Asked(NamedTuple, Generic[C]):
@@ -42,33 +41,37 @@ class Bunch(Queued):
     """Requests of one form, counted and queued; the asker of their work. They came at `start`."""
 
     __slots__ = (
-        "_alone", "_calls", "_form", "_id_fields", "_inputs", "_model", "_shared_ns", "_start", "_terms",
+        "_alone", "_calls", "_each", "_form", "_id_fields", "_inputs", "_model", "_shared_ns", "_start",
     )  # fmt: skip
 
     def __init__(self, requests: Sequence[Asked[Any]], start: int) -> None:
         super().__init__()
         self._model, self._form = requests[0].known.model, requests[0].known.form
-        self._calls: list[Told] = [asked.call for asked in requests]
+        self._calls: list[Told | None] = [asked.call for asked in requests]
         self._id_fields = [asked.known.id_field for asked in requests]
-        for call, id_field in zip(self._calls, self._id_fields, strict=True):
-            call.begun(id_field)
+        for asked in requests:
+            asked.call.begun(asked.known.id_field)
         begin(self._model, len(requests))
         self._start = start
         self._shared_ns = 0
         self._inputs: Mapping[str, Array] = {}
-        self._terms = _NO_TERMS
+        self._each: Sequence[Terms] = ()
         self._alone: list[Short] = []
 
-    def queue(self, inputs: Mapping[str, Array], terms: Terms) -> None:
-        """Queue the rows, which the queue has room for; what refuses them is told as any other end."""
+    def queue(self, inputs: Mapping[str, Array], terms: Terms, each: Sequence[Terms] = ()) -> None:
+        """Queue the rows, which the queue has room for; what refuses them is told as any other end.
+
+        `each` are the terms of the requests where those are not the work's: of calls that have waited for each other.
+        """
         form, many = self._form, len(self._calls)
-        self._inputs, self._terms = inputs, terms
-        self._shared_ns = time.perf_counter_ns() - self._start
+        self._inputs, self._each = inputs, each or [terms] * many
+        self._shared_ns = time.perf_counter_ns() - self._start - terms.waited_ns
         try:
             if form.group is None:
                 form.group = self._model.group(inputs)._replace(bytes=sum(form.sizes))
             group = form.group._replace(bytes=form.group.bytes * many)
-            own = Terms(terms.deadline, peer=terms.peer, course=Course(requests=many))
+            course = Course(requests=many, here=bool(each))
+            own = Terms(terms.deadline, peer=terms.peer, course=course, waited_ns=terms.waited_ns)
             self._waiting = self._model.enqueue(inputs, form.rows * many, group, own, self)
         except Exception as error:
             self._fail(error)
@@ -87,9 +90,11 @@ class Bunch(Queued):
         self._over()
         now = time.perf_counter_ns()
         decode_ns, encode_ns = self._shared_ns // many, (now - ran) // many
-        succeeded(self._model, "predict", now - self._start, decode_ns, queue_ns, compute_ns, encode_ns, many)
+        there = many - self._calls.count(None)
+        succeeded(self._model, "predict", now - self._start, decode_ns, queue_ns, compute_ns, encode_ns, there)
         for call, content in zip(self._calls, contents, strict=True):
-            call.answered(content)
+            if call:
+                call.answered(content)
 
     def set_exception(self, error: Exception) -> None:
         """Tell the calls that there is no answer; what one is to blame or enough for, the others have no part in."""
@@ -109,16 +114,29 @@ class Bunch(Queued):
         if self._done:
             return
         end = self._withdraw(late)
-        for call in self._calls:
+        for call in filter(None, self._calls):
             failed(self._model, "predict", end, self._start)
             call.left(late)
 
+    def leave(self, call: Told, late: bool) -> None:
+        """One caller has gone, or else (`late`) its deadline is over. It is told nothing more; its rows may still run.
+
+        Only for a work that runs as soon as it is queued: else they should leave the queue.
+        """
+        for short in self._alone:
+            if short.call is call:
+                short.cancel(late)
+        if not self._done and call in self._calls:
+            self._calls[self._calls.index(call)] = None
+            abandoned(self._model, call, self._start, late, "running")
+
     def _part(self, last: Exception | None = None) -> None:
         """Queue each request alone, all having been admitted; but the last ends by `last` if there is that."""
-        inputs, terms = self._inputs, self._terms
+        inputs, many = self._inputs, self._form.rows
         self._over()
-        many = self._form.rows
-        for at, (id_field, call) in enumerate(zip(self._id_fields, self._calls, strict=True)):
+        for at, (id_field, call, terms) in enumerate(zip(self._id_fields, self._calls, self._each, strict=True)):
+            if call is None:
+                continue
             if last and at == len(self._calls) - 1:
                 failed(self._model, "predict", last, self._start)
                 call.failed(last)
@@ -130,7 +148,7 @@ class Bunch(Queued):
 
     def _fail(self, error: Exception) -> None:
         self._over()
-        for call in self._calls:
+        for call in filter(None, self._calls):
             failed(self._model, "predict", error, self._start)
             call.failed(error)
 

@@ -19,6 +19,7 @@ from layercast.server.service.bunch import Asked, Bunch
 from layercast.server.service.call import Call
 from layercast.server.service.classification import Classes, classified, resolve_classes
 from layercast.server.service.form import Form
+from layercast.server.service.gathering import Declinable, Gathered, Gathering
 from layercast.server.service.heads import Heads, Known
 from layercast.server.service.parameters import asks_raw, check_parameters
 from layercast.server.service.plain import Plain
@@ -45,7 +46,8 @@ class InferenceService:
 
     def __init__(self, answering: Answering) -> None:
         self._answering = answering
-        self._heads = Heads(answering.ready_model)
+        self._gathers = False  # until one model does
+        self._heads = Heads(answering.ready_model, self._gathering)
         self._plain: WeakKeyDictionary[ServedModel, Plain] = WeakKeyDictionary()
 
     async def model_infer(self, request: ModelInferRequest, call: Call) -> ModelInferResponse:
@@ -58,10 +60,17 @@ class InferenceService:
         await self.infer_into(response, request, call)
         return response
 
-    def begin_model_infer(self, raw: bytes, deadline: float | None, peer: str, call: Told) -> Short | None:
-        """Begin to answer a serialised request if it is plain and right in every way; else do nothing, return None."""
+    def begin_model_infer(
+        self, raw: bytes, deadline: float | None, peer: str, call: Declinable
+    ) -> Short | Gathered | None:
+        """Begin to answer a serialised request if it is plain and right in every way; else do nothing, return None.
+
+        One that waits for others is begun, or declined, when they are there.
+        """
         if len(raw) >= LARGE or not scopes.has(scopes.PREDICT):
             return None
+        if self._gathers and (gathering := self._heads.gathering(raw)) and gathering.takes(len(raw), deadline):
+            return gathering.take(raw, deadline, peer, call)
         known = self._heads.known(raw) or self._parsed(raw)
         return self.begin(known, deadline, peer, call) if known else None
 
@@ -76,15 +85,9 @@ class InferenceService:
 
     def begin(self, known: Known, deadline: float | None, peer: str, call: Told) -> Short | None:
         """Begin to answer a plain request if its values are right; else do nothing and return None."""
-        start = time.perf_counter_ns()
         if known.form.taps and not scopes.has(scopes.FEATURES):
             return None
-        inputs = known.form.inputs(known.contents)
-        if inputs is None:
-            return None
-        short = Short(known, start, call)
-        short.queue(inputs, Terms(deadline, peer=peer))
-        return short
+        return self._begin_on(Terms(deadline, peer=peer), known, call)
 
     def begin_together(self, requests: Sequence[Asked[Any]], deadline: float | None, peer: str) -> Bunch | None:
         """Begin to answer plain requests of one form as one work; None, nothing being done, if that may not be."""
@@ -98,6 +101,34 @@ class InferenceService:
         bunch = Bunch(requests, start)
         bunch.queue(inputs, Terms(deadline, peer=peer))
         return bunch
+
+    def _begin_on(self, terms: Terms, known: Known, call: Told) -> Short | None:
+        start = time.perf_counter_ns() - terms.waited_ns
+        inputs = known.form.inputs(known.contents)
+        if inputs is None:
+            return None
+        short = Short(known, start, call)
+        short.queue(inputs, terms)
+        return short
+
+    def _gathering(self, model: ServedModel) -> Gathering | None:
+        self._gathers = self._gathers or model.gathers
+        return Gathering(self._begin_gathered, model.loaded.settings.max_batch) if model.gathers else None
+
+    def _begin_gathered(self, waiting: Sequence[Gathered]) -> None:
+        """Begin to answer requests that have waited for each other; decline those that are not plain and right."""
+        heads = self._heads.all_known([each.raw for each in waiting])
+        found = [one or self._parsed(each.raw) for each, one in zip(waiting, heads, strict=True)]
+        # Whether a caller may see layers is known where it calls: they are the general path's.
+        found = [one if one and not one.form.taps else None for one in found]
+        known = [each for each in found if each]
+        if len(known) == len(waiting) and _begin_at_once(waiting, known):
+            return
+        for each, one in zip(waiting, found, strict=True):
+            if one and (short := self._begin_on(each.terms, one, each.call)):
+                each.begun_as(short)
+            else:
+                each.call.declined()
 
     def _parsed(self, raw: bytes) -> Known | None:
         try:
@@ -197,6 +228,30 @@ class InferenceService:
         if asked.typed or any(output.datatype == "BYTES" for output in response.outputs):
             cure = "send fewer rows, or raw bytes in place of typed contents"
             check_answer(response.ByteSize(), self._answering.max_bytes, cure)
+
+
+def _begin_at_once(waiting: Sequence[Gathered], known: Sequence[Known]) -> bool:
+    """Begin to answer requests as one work if they have one form and right values, and run at once.
+
+    In the queue each has to be by itself, since each may be withdrawn, or be too late.
+    """
+    model, form, many = known[0].model, known[0].form, len(known)
+    if many == 1 or any(each.form is not form for each in known):
+        return False
+    rows = form.rows * many
+    if not (model.takes_together(rows, sum(form.sizes) * many) and model.batcher.runs_at_once(rows, many)):
+        return False
+    inputs = form.together([each.contents for each in known])
+    if inputs is None:
+        return False
+    terms = [each.terms for each in waiting]
+    waited_ns = sum(each.waited_ns for each in terms) // many
+    asked = [Asked(one, b"", each.call) for one, each in zip(known, waiting, strict=True)]
+    bunch = Bunch(asked, time.perf_counter_ns() - waited_ns)
+    for each in waiting:
+        each.begun_as(bunch)
+    bunch.queue(inputs, Terms(peer=terms[0].peer, waited_ns=waited_ns), terms)
+    return True
 
 
 def _fill(

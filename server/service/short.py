@@ -5,8 +5,10 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+from layercast.server.batching.policy import Phase
 from layercast.server.batching.waiting import Waiting
 from layercast.server.errors import DeadlineCancelled
+from layercast.server.model import ServedModel
 from layercast.server.service.answering import begin, failed, succeeded
 from layercast.server.service.heads import Known
 from layercast.server.service.template import values_of
@@ -58,10 +60,17 @@ class Queued:
         return DeadlineCancelled() if late else asyncio.CancelledError()
 
 
+def abandoned(model: ServedModel, call: Told, start: int, late: bool, when: Phase) -> None:
+    """Count a request, which came at `start`, whose caller has gone, or else (`late`) whose deadline is over."""
+    failed(model, "predict", DeadlineCancelled() if late else asyncio.CancelledError(), start)
+    (model.monitor.expired if late else model.monitor.cancelled)(when)
+    call.left(late)
+
+
 class Short(Queued):
     """One request, counted and queued; the asker of its work. It came at `start`."""
 
-    __slots__ = ("_call", "_decoded", "_known", "_start")
+    __slots__ = ("_decoded", "_known", "_start", "call")
 
     def __init__(self, known: Known, start: int, call: Told, again: bool = False) -> None:
         """`again` is for one that was begun, and counted, together with others."""
@@ -70,13 +79,13 @@ class Short(Queued):
             call.begun(known.id_field)
             begin(known.model)
         self._known = known
-        self._call = call
+        self.call = call
         self._start = self._decoded = start
 
     def queue(self, inputs: Mapping[str, Array], terms: Terms) -> None:
         """Queue the rows, no more than the model's largest batch; what refuses them is told as any other end."""
         model, form = self._known.model, self._known.form
-        self._decoded = time.perf_counter_ns()
+        self._decoded = time.perf_counter_ns() - terms.waited_ns
         try:
             model.batcher.check_room(form.rows, terms.peer)
             if form.group is None:
@@ -99,7 +108,7 @@ class Short(Queued):
             model.monitor.tapped(len(form.taps), sum(values.nbytes for values in answer.features.values()))
         now, start = time.perf_counter_ns(), self._start
         succeeded(model, form.kind, now - start, self._decoded - start, queue_ns, compute_ns, now - ran)
-        self._call.answered(content)
+        self.call.answered(content)
 
     def set_exception(self, error: Exception) -> None:
         """Tell the call that there is no answer."""
@@ -111,9 +120,9 @@ class Short(Queued):
         """The caller has gone, or else (`late`) its deadline is over. Nothing is told any more, and no row waits."""
         if not self._done:
             failed(self._known.model, self._known.form.kind, self._withdraw(late), self._start)
-            self._call.left(late)
+            self.call.left(late)
 
     def _fail(self, error: Exception) -> None:
         self._over()
         failed(self._known.model, self._known.form.kind, error, self._start)
-        self._call.failed(error)
+        self.call.failed(error)

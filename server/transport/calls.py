@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
@@ -16,6 +17,7 @@ from layercast.proto.rpc import Method
 from layercast.server.batching.policy import late_from
 from layercast.server.errors import DeadlineCancelled, InvalidArgument, ResourceExhausted
 from layercast.server.service.call import Call
+from layercast.server.service.gathering import Gathered
 from layercast.server.transport.counted import Context, Counted, abort
 from layercast.server.transport.status import Reply, reply
 
@@ -25,7 +27,9 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Answer = Callable[[Any, Call], Awaitable[Message]]
 Answers = Callable[[Any, Call], AsyncGenerator[Message, None]]
 Ended = Callable[[bytes | None, Reply | None], None]
-"""Told how a call ended: the answer's bytes, or else the status of a failed one."""
+"""Told how a call ended: the answer's bytes, or else the status of a failed one.
+
+Neither if the call, which had to wait for others, is not of the common kind: then nothing was done or counted."""
 
 # A message of fewer bytes parses within a few milliseconds, whatever is in it.
 _LARGE: Final = 256 << 10
@@ -72,12 +76,16 @@ class ShortCall:
     def __init__(self, counted: Counted, ended: Ended) -> None:
         self._counted = counted
         self._ended = ended
-        self._start = 0.0
+        self._start = time.perf_counter()
 
     def begun(self, _: bytes) -> None:
         """Count the call and its message."""
-        self._start = self._counted.begun()
+        self._counted.begun()
         self._counted.received.inc()
+
+    def declined(self) -> None:
+        """Tell that the call is not answered here."""
+        self._tell(None, None)
 
     def answered(self, content: bytes) -> None:
         """Tell the answer."""
@@ -125,24 +133,24 @@ class UnaryRpc:
     async def _handle(self, raw: bytes, context: Context) -> bytes:
         if self._short:
             loop, due = asyncio.get_running_loop(), deadline(context)
-            late = late_from(due, loop.time())
-            future: asyncio.Future[bytes | Reply] = loop.create_future()
+            since = loop.time()
+            future: asyncio.Future[bytes | Reply | None] = loop.create_future()
             if begun := self.begin(raw, due, context.peer(), partial(_settle, future)):
                 del raw  # what the rows need of it was taken
-                return await self._short_end(begun, future, late, context)
+                try:
+                    end = await future
+                except asyncio.CancelledError:
+                    begun.cancel(late=loop.time() >= late_from(due, since))
+                    raise
+                if isinstance(end, bytes):
+                    return end
+                if end:
+                    return await abort(context, end)
+                assert isinstance(begun, Gathered)  # no other is declined after it was begun
+                raw = begun.raw
         body = self._body(raw, context)
         del raw  # which an error would keep
         return await self._counted.run(body, context)
-
-    async def _short_end(
-        self, begun: Begun, future: "asyncio.Future[bytes | Reply]", late: float, context: Context
-    ) -> bytes:
-        try:
-            end = await future
-        except asyncio.CancelledError:
-            begun.cancel(late=asyncio.get_running_loop().time() >= late)
-            raise
-        return await abort(context, end) if isinstance(end, Reply) else end
 
     async def _body(self, raw: bytes, context: Context) -> bytes:
         self._counted.received.inc()
@@ -185,9 +193,9 @@ class ServerStreamRpc:
             raise
 
 
-def _settle(future: "asyncio.Future[bytes | Reply]", content: bytes | None, failed: Reply | None) -> None:
-    if not future.done() and (end := failed if content is None else content) is not None:
-        future.set_result(end)
+def _settle(future: "asyncio.Future[bytes | Reply | None]", content: bytes | None, failed: Reply | None) -> None:
+    if not future.done():
+        future.set_result(failed if content is None else content)
 
 
 async def send(context: Context, raw: bytes) -> None:

@@ -111,12 +111,10 @@ def announced(piece: bytes, limit: int) -> int:
     return size + _HEAD if len(piece) >= _HEAD and not piece[0] and size <= limit else -1
 
 
-def only_message(pieces: list[bytes], limit: int) -> bytes | None:
-    """Return the one message, uncompressed, that a body of these pieces is; None if it is anything else."""
-    first = pieces[0]
-    if announced(first, limit) != sum(map(len, pieces)):
-        return None
-    return b"".join((first[_HEAD:], *pieces[1:])) if len(pieces) > 1 else first[_HEAD:]
+def message_of(pieces: list[bytes]) -> bytes:
+    """Return the message that a body is which comes in these pieces and is as long as `announced` said."""
+    first = pieces[0][_HEAD:]
+    return b"".join((first, *pieces[1:])) if len(pieces) > 1 else first
 
 
 def too_large(size: str, limit: int) -> ResourceExhausted:

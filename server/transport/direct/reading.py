@@ -12,6 +12,8 @@ _MOST_HEADERS: Final = 2 * MAX_LIST
 """Bytes of one header block, encoded."""
 _KIND: Final = 3
 """Where a frame's type is, which its flags follow."""
+_NUMBER: Final = (1 << 31) - 1
+"""The bits of a stream's number; one bit more is sent and means nothing."""
 _SIZES: Final = {frames.PRIORITY: 5, frames.RST_STREAM: 4, frames.PING: 8, frames.WINDOW_UPDATE: 4}
 
 
@@ -100,7 +102,7 @@ class Reader:
             if end - start < size:
                 break
             at = start + size
-            number &= frames.MAX_WINDOW
+            number &= _NUMBER
             if self._block is not None and (kind != frames.CONTINUATION or number != self._block[0]):
                 raise ConnectionFault(Code.PROTOCOL_ERROR, "a frame inside a header block")
             payload = data[start:at]
@@ -110,6 +112,11 @@ class Reader:
                 ended = bool(flags & frames.END_STREAM)
                 if not payload and not ended:
                     self._calm.spend()
+                elif not ended and end - at > frames.HEAD:
+                    at, more, ended = _following(data, at, number)
+                    if more:
+                        size += sum(map(len, more))
+                        payload = b"".join((payload, *more))
                 hearer.on_data(number, payload, size, ended)
             elif take := self._kinds.get(kind):
                 if size != _SIZES.get(kind, size):
@@ -186,3 +193,24 @@ class Reader:
     def _window(self, number: int, _: int, payload: bytes) -> None:
         self._calm.spend()
         self._hearer.on_window(number, int.from_bytes(payload, "big") & frames.MAX_WINDOW)
+
+
+def _following(data: bytes, at: int, number: int) -> tuple[int, list[memoryview], bool]:
+    """Return where the whole frames of `data` end that begin at `at` and go on with a body, their payloads, and
+    whether the last one ends it.
+
+    A body of many frames mostly comes in one piece: taken together, it costs one call and one copy. What is out of the
+    ordinary, padding or nothing in a frame, is left to be looked at alone.
+    """
+    end, view, found, ended = len(data), memoryview(data), list[memoryview](), False
+    while not ended and end - at > frames.HEAD:
+        high, low, kind, flags, own = frames.unpack_head(data, at)
+        size, start = high << 8 | low, at + frames.HEAD
+        if kind != frames.DATA or own & _NUMBER != number or flags & frames.PADDED:
+            break
+        if not 0 < size <= frames.MAX_PAYLOAD or end - start < size:
+            break
+        at = start + size
+        found.append(view[start:at])
+        ended = bool(flags & frames.END_STREAM)
+    return at, found, ended

@@ -10,7 +10,7 @@ from layercast.server.errors import InvalidArgument
 from layercast.server.transport.calls import Begun
 from layercast.server.transport.direct.frames import Code
 from layercast.server.transport.direct.heads import START, Head, header_block
-from layercast.server.transport.framing import announced, only_message, status_headers
+from layercast.server.transport.framing import announced, message_of, status_headers
 from layercast.server.transport.rpc_call import AHEAD, Cause, RpcCall
 from layercast.server.transport.status import Reply, reply
 
@@ -101,7 +101,10 @@ class Stream(RpcCall):
         self._pieces.append(piece)
         self._missing -= len(piece)
         if ended:
-            self._begin(self._pieces)
+            if self._missing or not self._is_begun(message_of(self._pieces)):
+                self.run()
+            else:
+                self._pieces = None
         elif self._missing < 0 or len(self._pieces) > _MOST_PIECES:
             self.run()
         else:
@@ -175,15 +178,8 @@ class Stream(RpcCall):
             self._connection.allow(self.number, self._owed)
             self._owed = 0
 
-    def _begin(self, pieces: list[bytes]) -> None:
-        """Start the answer to a call that has a short path, its body being there."""
-        raw = only_message(pieces, self._limit)
-        if raw is not None and self._is_begun(raw):
-            self._pieces = None
-        else:
-            self.run()
-
     def _is_begun(self, raw: bytes) -> bool:
+        """Start the answer to a call that has a short path, its body being there; tell whether that was possible."""
         try:
             begun = self._connection.short[self._path](raw, self.deadline, self.peer(), self._answered)
         except Exception:  # of one call, which the handler answers; the others of its connection go on
