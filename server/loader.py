@@ -4,6 +4,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,9 @@ import torch
 from layercast.models.artefact import NO_TRUST, Golden, golden, refusal
 from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import Manifest
-from layercast.server import memory, tapping
+from layercast.server import memory, processors, tapping
 from layercast.server.engines import cuda
-from layercast.server.engines.base import Engine, EngineError, Inputs, Tapping
+from layercast.server.engines.base import Engine, EngineError, Tapping
 from layercast.server.engines.choice import Choice
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.selection import Engines, golden_rows, select
@@ -78,10 +79,10 @@ def load(
     # A part of the program computes as the whole does: with as many threads as that was measured to be worth.
     several = next((candidate.threads for candidate in choice.used if candidate.engine == "onnx"), own)
     program = tapping.program(directory, manifest, devices[0], several, reads)
-    readers = [tapping.chosen(engines.eager, program, recorded, len(every)) for engines in every]
+    readers = tapping.readers([engines.eager for engines in every], program, recorded)
     manifest, note = _shown(source, manifest, first.eager, readers[0], recorded)
-    for engine in dict.fromkeys(engine for engines in every for engine in engines.fast.values()):
-        _warm_up(engine, golden_rows(recorded, settings.max_batch), settings.max_batch)
+    for candidate in choice.used:
+        _warm_up([engines.fast[candidate] for engines in every], recorded, settings.max_batch)
     runners = tuple(
         Runner(manifest, engines.chosen(choice, manifest), engines.eager, taps)
         for engines, taps in zip(every, readers, strict=True)
@@ -155,11 +156,16 @@ def choose_devices(name: str, instances: int) -> list[torch.device]:
     return [torch.device("cuda", int(number))] * instances
 
 
-def _warm_up(engine: Engine, inputs: Inputs, rows: int) -> None:
-    """Run the largest batch once: memory is taken now, or seen not to be there."""
-    text = f"{rows} rows, which are max_batch, take more memory than there is; set a lower max_batch"
+def _warm_up(instances: Sequence[Engine], recorded: Golden, rows: int) -> None:
+    """Run the largest batch once on all at the same time: memory is taken now, or seen not to be there."""
+    times = f", {len(instances)} times at once," if len(instances) > 1 else ""
+    text = f"{rows} rows, which are max_batch, take{times} more memory than there is; set a lower max_batch"
+    inputs, own = golden_rows(recorded, rows), torch.get_num_threads()
+    with ThreadPoolExecutor(len(instances), "layercast-warm", processors.prepare, (own,)) as pool:
+        runs = [pool.submit(memory.within, partial(engine.run, inputs), lambda: text) for engine in instances]
     try:
-        memory.within(partial(engine.run, inputs), lambda: text)
+        for run in runs:
+            run.result()
     except OutOfMemory as error:
         raise LoadError(str(error)) from None
 

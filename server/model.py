@@ -113,10 +113,10 @@ class ServedModel:
             runner.on_tapped = partial(_told, loop, monitor.read_by)
             if isinstance(runner.taps, TappedEngine):
                 runner.taps.on_stopped = partial(_told, loop, monitor.stopped_early)
-        prepare = partial(processors.prepare, loaded.threads, len(loaded.runners), bool(loaded.cards))
+        places = processors.Places(loaded.threads, 1 if loaded.cards else len(loaded.runners))
         limits = replace(loaded.limits, together=together)
         self.gathers = self._batching and limits.gathers
-        self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, prepare)
+        self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, places.take)
         self.streams = OpenStreams(self.manifest.name, loaded.limits.queue_bytes, monitor)
 
     def hold(self, many: int = 1) -> None:

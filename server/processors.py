@@ -1,25 +1,73 @@
 """Which processors the threads of a model's instances compute on."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Final
 
 import torch
 
 from layercast.server.environment import cpu_budget
 
 
-def prepare(threads: int, instances: int, on_card: bool, at: int) -> None:
-    """Let the calling thread, that of the instance number `at`, compute with so many threads, on its own processors.
+def _allowed() -> list[int]:
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except AttributeError:  # only Linux has affinities
+        return []
 
-    The system may put two of them on one processor, with the event loop or alone, while another is idle, and leave
-    them there for milliseconds: a fifth of the processors' time was lost so. See also `denormals_are_zero`.
-    """
+
+_ALL: Final = _allowed()
+"""The processors of this process, before its threads have their own."""
+_models: Final = itertools.count(os.getpid())
+"""Another beginning for each model, and for each of several servers on one machine."""
+
+
+def prepare(threads: int) -> None:
+    """Let the calling thread compute with so many threads. See also `denormals_are_zero`."""
     torch.set_num_threads(threads)  # each thread has its own number
     torch.set_flush_denormal(True)
-    if instances > 1 and not on_card and (own := share(threads, instances, at)):
-        with suppress(OSError):  # forbidden here: it runs on all
-            os.sched_setaffinity(0, own)
+
+
+class Places:
+    """The processors of one model's instances, each with `threads` threads.
+
+    The system may put two instances on one processor, with the event loop or alone, while another is idle, and leave
+    them there for milliseconds: a fifth of the processors' time was lost so. Each model begins with another processor,
+    since of each the first instance is the busiest.
+    """
+
+    def __init__(self, threads: int, instances: int) -> None:
+        self._threads = threads
+        self._instances = instances
+        self._first = next(_models)
+
+    def take(self, at: int) -> None:
+        """Let the calling thread, that of the instance number `at`, compute on its own processors."""
+        prepare(self._threads)
+        if own := self.share(at):
+            with suppress(OSError):  # forbidden here: it runs on all
+                os.sched_setaffinity(0, own)
+
+    def share(self, at: int) -> set[int]:
+        """Return the processors of instance `at`; none where it has all, or they aren't this process's to divide.
+
+        A quota is less than the processors that it is taken from, which others use: none of these is better than
+        another.
+        """
+        threads, many = self._threads, self._instances
+        if many == 1 or cpu_budget() < len(_ALL) or threads * many != len(_ALL):
+            return set()
+        begin = (self._first + at) % many * threads
+        return set(_ALL[begin : begin + threads])
+
+
+def on_all() -> None:
+    """Let the calling thread run on every processor again: it has come from one with processors of its own."""
+    if _ALL:
+        with suppress(OSError):
+            os.sched_setaffinity(0, _ALL)
 
 
 @contextmanager
@@ -33,17 +81,3 @@ def denormals_are_zero() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
-
-
-def share(threads: int, instances: int, at: int) -> set[int]:
-    """Return the processors of instance `at`; none where they can't be said, or aren't this process's alone to divide.
-
-    A quota is less than the processors that it is taken from, which others use: none of these is better than another.
-    """
-    try:
-        allowed = sorted(os.sched_getaffinity(0))
-    except AttributeError:  # only Linux has affinities
-        return set()
-    if cpu_budget() < len(allowed) or threads * instances > len(allowed):
-        return set()
-    return set(allowed[at * threads : (at + 1) * threads])

@@ -12,6 +12,7 @@ from layercast.server import memory
 from layercast.server.engines.base import Engine, Inputs, Outputs, Tapping
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import ModelFailed
+from layercast.server.processors import denormals_are_zero
 from layercast.server.work import Array, Rows, Tap, Work
 
 _LARGE: Final = 1 << 22
@@ -40,7 +41,8 @@ class Runner:
 
         Raises ModelFailed when the model gives another number of rows, OutOfMemory when there is not enough for them.
         """
-        return memory.within(lambda: self._run(works), lambda: self._too_large(sum(work.rows for work in works)))
+        with denormals_are_zero():  # on the event loop as in an instance's own thread
+            return memory.within(lambda: self._run(works), lambda: self._too_large(sum(work.rows for work in works)))
 
     def _run(self, works: Sequence[Work]) -> list[Rows]:
         inputs = self._join(works)

@@ -1,6 +1,7 @@
 """What reads the layers of a version that is loaded: its module, parts of its ONNX program, or whichever is faster."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -34,12 +35,19 @@ def program(
     return OnnxProgram(directory, manifest, threads)
 
 
-def chosen(eager: EagerEngine | None, program: OnnxProgram | None, recorded: Golden, instances: int) -> Tapping | None:
-    """Return what reads the available layers of one of `instances` by `eager` and `program`; None if neither can."""
+def readers(
+    eagers: Sequence[EagerEngine | None], program: OnnxProgram | None, recorded: Golden
+) -> list[Tapping | None]:
+    """Return what reads the available layers of each instance by its eager engine and `program`; None if neither can.
+
+    All have an eager engine, or none has; then they share one session.
+    """
     if program is None:
-        return eager
-    plain = eager or _whole(program, recorded)
-    return TappedEngine(plain, program, instances) if plain and program.bytes <= _MOST_BYTES else plain
+        return list(eagers)
+    plain: list[Tapping | None] = list(eagers) if all(eagers) else [_whole(program, recorded)] * len(eagers)
+    if program.bytes > _MOST_BYTES:
+        return plain
+    return [TappedEngine(each, program, len(plain)) if each else None for each in plain]
 
 
 def without_module(manifest: Manifest, taps: Tapping | None, reason: str) -> tuple[Manifest, str]:

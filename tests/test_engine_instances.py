@@ -1,5 +1,6 @@
 """How many instances answer more, on a machine whose clock is the test's; and where their threads compute."""
 
+import itertools
 import os
 import threading
 from collections import Counter
@@ -92,33 +93,50 @@ def test_a_team_runs_at_the_same_time_with_one_thread_each_and_passes_errors_on(
 
 
 def affinity(monkeypatch, processors_allowed, budget):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda of: set(processors_allowed), raising=False)
+    monkeypatch.setattr(processors, "_ALL", sorted(processors_allowed))
     monkeypatch.setattr(processors, "cpu_budget", lambda: budget)
+    monkeypatch.setattr(processors, "_models", itertools.count(4))
 
 
 def test_instances_have_processors_of_their_own_where_all_are_this_processs(monkeypatch):
     affinity(monkeypatch, {2, 3, 5, 7}, 4)
-    assert [processors.share(2, 2, at) for at in (0, 1)] == [{2, 3}, {5, 7}]
-    assert [processors.share(1, 4, at) for at in range(4)] == [{2}, {3}, {5}, {7}]
-    assert processors.share(1, 5, 0) == set(), "more instances than processors"
+    places = processors.Places(2, 2)
+    assert [places.share(at) for at in (0, 1)] == [{2, 3}, {5, 7}]
+    assert processors.Places(1, 5).share(0) == set(), "more instances than processors"
+    assert processors.Places(1, 3).share(0) == set(), "one would be used by nobody"
+    assert processors.Places(4, 1).share(0) == set(), "a single instance has all"
     affinity(monkeypatch, {2, 3, 5, 7}, 3)
-    assert processors.share(1, 2, 0) == set(), "a quota of processors that others use too"
+    assert processors.Places(1, 4).share(0) == set(), "a quota of processors that others use too"
+
+
+def test_the_first_instances_of_models_are_not_all_on_one_processor(monkeypatch):
+    affinity(monkeypatch, {2, 3, 5, 7}, 4)
+    models = [processors.Places(1, 4) for _ in range(4)]
+    assert [places.share(0) for places in models] == [{2}, {3}, {5}, {7}]
+    for places in models:
+        assert set.union(*map(places.share, range(4))) == {2, 3, 5, 7}
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux has affinities")
-@pytest.mark.parametrize(("count", "card"), [(2, False), (1, False), (2, True)])
-def test_a_thread_that_is_prepared_keeps_to_its_processors(count, card):
+def test_a_thread_keeps_to_its_processors_and_one_that_it_starts_may_leave_them():
     allowed, found = os.sched_getaffinity(0), []
+    places = processors.Places(1, len(allowed))
+
+    def started():
+        processors.on_all()
+        found.append(os.sched_getaffinity(0))
 
     def prepared():
-        processors.prepare(1, count, card, 0)
+        places.take(0)
         found.append((os.sched_getaffinity(0), torch.get_num_threads(), np.float32(1e-40) * np.float32(1) == 0))
+        thread = threading.Thread(target=started)
+        thread.start()
+        thread.join()
 
     thread = threading.Thread(target=prepared)
     thread.start()
     thread.join()
-    own = processors.share(1, count, 0) if count > 1 and not card else allowed
-    assert found == [(own or allowed, 1, True)]
+    assert found == [(places.share(0) or allowed, 1, True), allowed]
     assert os.sched_getaffinity(0) == allowed
 
 

@@ -90,15 +90,15 @@ class EagerEngine:
             logger.warning("%s: no CUDA graphs, every batch runs layer by layer: %s", manifest.name, error)
         memory.release()  # of what was recorded so far, which the error held
 
-    def twin(self) -> "EagerEngine | None":
-        """Return an engine on a module with the same parameters and hooks of its own, for another thread on the host.
+    def share_parameters(self, other: "EagerEngine") -> None:
+        """Compute with the parameters of `other`, on a module that was built and loaded as this one's.
 
-        None where the module can't be copied.
+        Buffers stay its own: a forward may write to them.
         """
-        module = _double(self._module)
-        if isinstance(module, Exception):
-            return None
-        return EagerEngine(module, self.manifest, self._place.device, self._precision)
+        theirs = dict(other._module.named_parameters(remove_duplicate=False))
+        for name, parameter in self._module.named_parameters(remove_duplicate=False):
+            if (same := theirs.get(name)) is not None and same.shape == parameter.shape:
+                parameter.data = same.data
 
     def forget_graphs(self) -> None:
         """Give back the memory of the CUDA graphs."""
@@ -199,11 +199,12 @@ class EagerEngine:
 
 
 def _double(module: nn.Module) -> nn.Module | Exception:
-    """Return the module again with the same parameters and buffers, or why it can't be had.
+    """Return the module again with the same parameters, or why it can't be had.
 
-    Hooks on it don't touch batches that run on the other meanwhile. Made at once, when no batch has hooks on it.
+    Hooks on it, and what its forward writes to buffers, don't touch batches that run on the other meanwhile. Made at
+    once, when no batch has hooks on it.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:  # tensors that are computed, things that have no copy, code that is anyone's

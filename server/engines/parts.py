@@ -7,6 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
+from layercast.server import processors
 from layercast.server.engines.taps import OnnxProgram, OnnxTaps
 from layercast.server.engines.trial import Trial
 
@@ -126,6 +127,7 @@ class Parts:
         return going
 
     def _compile(self, key: LayerSet, entry: Entry) -> None:
+        processors.on_all()  # the thread that asks may keep to its own
         start = time.perf_counter_ns()
         try:
             made: OnnxTaps | Exception = self._program.part(*key)

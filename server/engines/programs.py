@@ -25,6 +25,15 @@ class ProgramEngine:
         self._manifest = manifest
         self._place = where
 
+    @property
+    def is_stateless(self) -> bool:
+        """Whether nothing is left of a run that another, in another thread, could see or change.
+
+        In a frozen program all is constant but what its forward writes to, which stays an attribute.
+        """
+        graph = getattr(self._program, "graph", None) if isinstance(self._program, torch.jit.ScriptModule) else None
+        return graph is not None and not graph.findAllNodes("prim::GetAttr")
+
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output for the batch."""
         return self._place.run(inputs, self._forward)

@@ -19,11 +19,11 @@ from layercast.models.versions import tool_versions
 from layercast.server.engines import cuda
 from layercast.server.engines.choice import Buckets, Candidate, Choice
 from layercast.server.engines.timing import Costs
-from layercast.server.settings import MOST_INSTANCES
+from layercast.server.settings import MOST_INSTANCES, ModelSettings
 
 logger = logging.getLogger(__name__)
 
-_FORMAT: Final = 3
+_FORMAT: Final = 4
 _MOST: Final = 512
 """Files that are kept; the oldest go."""
 
@@ -31,7 +31,7 @@ _MOST: Final = 512
 class Remembered:
     """The choice of one artefact on this machine: in `folder`, or nowhere when that is None.
 
-    `instances` are those asked for, 0 where they are part of the choice.
+    Of the `settings`, the instances asked for matter, 0 where they are part of the choice, and the precision.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Remembered:
         device: torch.device,
         candidates: list[Candidate],
         buckets: Buckets,
-        instances: int,
+        settings: ModelSettings,
     ) -> None:
         self._candidates = candidates
-        self._instances = instances
+        self._settings = settings
         self._buckets = buckets
         self._path = folder / f"{manifest.name}-{self._key(manifest, device)}.json" if folder else None
 
@@ -94,7 +94,8 @@ class Remembered:
             "machine": _machine(device),
             "tools": tool_versions(),
             "candidates": self._candidates,
-            "instances": self._instances,
+            "instances": self._settings.instances,
+            "precision": self._settings.precision,
             "buckets": asdict(self._buckets),
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]

@@ -16,8 +16,11 @@ from layercast.models.manifest import Manifest
 from layercast.server.engines import instances, timing
 from layercast.server.engines.base import Engine, Inputs
 from layercast.server.engines.choice import Buckets, Candidate, Choice, ChosenEngine
+from layercast.server.engines.confined import Confined
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.golden import check_golden
+from layercast.server.engines.onnx import OnnxEngine
+from layercast.server.engines.programs import ProgramEngine
 from layercast.server.engines.remembered import Remembered
 from layercast.server.engines.source import Source
 from layercast.server.inline import inline_rows
@@ -49,22 +52,27 @@ class Engines:
     def twin(self, source: Source, recorded: Golden) -> Self:
         """Return engines for another instance on the host, each batch of which is computed by one thread.
 
-        They share the weights. Sessions and programs run in several threads at once; hooks are put on a module of the
-        instance's own.
+        Sessions and programs without a state run in several threads at once. A module is built anew, since hooks are
+        put on it, and its forward may keep things; it shares the parameters.
         """
-        eager = self.eager and (self.eager.twin() or source.eager())
-        if eager:
-            check_golden(eager, recorded, source.manifest, source.precision)
-        own = {
-            candidate: source.confined(eager, candidate) if eager and candidate.engine == "eager" else engine
-            for candidate, engine in self.fast.items()
-        }
-        return type(self)(own, eager)
+        eager = source.eager()
+        if eager and self.eager:
+            eager.share_parameters(self.eager)
+        shared = {candidate: engine for candidate, engine in self.fast.items() if _is_stateless(engine)}
+        own = source.engines([candidate for candidate in self.fast if candidate not in shared], eager)
+        for engine in dict.fromkeys([eager, *own.values()] if eager else own.values()):
+            check_golden(engine, recorded, source.manifest, source.precision)
+        return type(self)({candidate: (shared | own)[candidate] for candidate in self.fast}, eager)
 
     def chosen(self, choice: Choice, manifest: Manifest) -> Engine:
         """Return the engine that runs every batch as `choice` says."""
         used = choice.used
         return self.fast[used[0]] if len(used) == 1 else ChosenEngine(choice, self.fast, manifest.inputs)
+
+
+def _is_stateless(engine: Engine) -> bool:
+    inner = engine.engine if isinstance(engine, Confined) else engine
+    return isinstance(inner, OnnxEngine) or (isinstance(inner, ProgramEngine) and inner.is_stateless)
 
 
 def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Path | None) -> tuple[Choice, Engines]:
@@ -77,7 +85,7 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
     if len(candidates) == 1:
         only = Choice.only(candidates[0], buckets, settings.instances or 1)
         return only, Engines.load(source, candidates, recorded, buckets)
-    kept = Remembered(folder, manifest, source.device, candidates, buckets, settings.instances)
+    kept = Remembered(folder, manifest, source.device, candidates, buckets, settings)
     if known := kept.read():
         engines = Engines.load(source, known.used, recorded, buckets)
         if engines.fast.keys() == set(known.used):

@@ -3,8 +3,6 @@
 import math
 from typing import Any, Final
 
-import torch
-
 from layercast.models.artefact import to_numpy
 from layercast.models.explain import Explanation
 from layercast.models.explain.subject import Progress
@@ -12,7 +10,7 @@ from layercast.models.layer_names import match_layers
 from layercast.models.manifest import Manifest
 from layercast.proto.codec import named_tensor
 from layercast.proto.messages import ExplainRequest, ExplainResponse, Timing
-from layercast.server import memory
+from layercast.server import memory, processors
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.errors import InvalidArgument, ResourceExhausted, Unavailable
 from layercast.server.explaining import Explained, ExplainLane, Job
@@ -127,7 +125,7 @@ def _job(
             evaluations.progress(done, total)
             progress(done, total)
 
-        torch.set_num_threads(model.loaded.threads)  # each thread has its own number
+        processors.prepare(model.loaded.threads * len(model.loaded.runners))  # one explanation at a time has all
         return memory.within(
             lambda: engine.explain(inputs, request.method, targets, counted, **arguments),
             lambda: "the explanation takes more memory than there is left; send fewer rows, or smaller ones",
