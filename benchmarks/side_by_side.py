@@ -122,9 +122,7 @@ def _servers(bench: Bench, workload: Workload) -> Iterable[Server]:
     args = bench.args
     for at, front_end in enumerate(args.front_ends.split(",")):
         port = 8400 + 10 * at
-        yield Server(
-            front_end, [*serve_command(bench.repository, front_end, port, args), *workload.serve.split()], port
-        )
+        yield Server(front_end, serve_command(bench.repository, front_end, port, args), port)
     if args.peers and not workload.output:
         yield _triton(bench, workload)
     if workload.model == "mnist" and workload.shape[0] == 1:

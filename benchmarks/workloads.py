@@ -36,16 +36,12 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class Workload:
-    """One kind of request, `concurrency` of them in flight at a time. `output` is asked for alone, if any is.
-
-    `serve` are the options of our server that were found best for it, where the defaults are not.
-    """
+    """One kind of request, `concurrency` of them in flight at a time. `output` is asked for alone, if any is."""
 
     model: str
     shape: tuple[int, ...]
     concurrency: int
     output: str = ""
-    serve: str = ""
 
     @property
     def name(self) -> str:
@@ -64,8 +60,8 @@ WORKLOADS: Final = (
     Workload("resnet", (1, *_PICTURE), 16),
     Workload("transformer", (1, *_TOKENS), 16),
     Workload("transformer", (1, *_TOKENS), 64),
-    Workload("encoder", (1, *_SEQUENCE), 16, serve="--instances 2"),
-    Workload("encoder", (1, *_SEQUENCE), 64, serve="--instances 2"),
+    Workload("encoder", (1, *_SEQUENCE), 16),
+    Workload("encoder", (1, *_SEQUENCE), 64),
     Workload("resnet", (1, *_PICTURE), 16, output="layer:layer2@mean"),
 )
 
