@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,19 +11,23 @@ import grpc
 import numpy as np
 import pytest
 from batching import until
-from begin import PEER, Context, Subject, request, sums
+from begin import PEER, Context, Subject, request, served, sums
 from ends import SCENARIOS, Gate, soon
 from numeric import Arrays
 from test_short import outcome
 
 from layercast.models.manifest import LayerSpec, TensorSpec
 from layercast.proto.messages import ModelInferResponse
+from layercast.server.metrics import Metrics
 from layercast.server.service import gathering, scopes
 from layercast.server.service.callers import Callers
+from layercast.server.service.form import Form
+from layercast.server.service.short import Short
 from layercast.server.work import Tap
 
 BATCH = 3
 INLINE = (8, 8)
+ENOUGH = Callers.enough
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +49,10 @@ class Gathering(Subject):
 
         super().__init__(True, noted, *rest, **{"inline": INLINE, **model})
         self.function = function
-        assert self.service._parsed(request(1, 2).SerializeToString())
 
     @property
     def waiting(self) -> int:
-        (known,) = self.service._heads._models.values()
-        assert known.gathering
-        return len(known.gathering._waiting)
+        return sum(len(each._waiting) for each in self.service._gatherings.values())
 
     @property
     def batches(self) -> list[float]:
@@ -145,17 +147,119 @@ async def test_a_caller_who_leaves_while_it_waits_is_counted_and_its_rows_never_
     await subject.batcher.close()
 
 
-async def test_a_caller_who_leaves_once_the_rows_are_queued_takes_nobody_along():
-    subject = Gathering()
-    asked = [subject.ask(request(value, 1)) for value in (1, 2, 3)]
-    asked[1].cancel(False)
-    asked[1].cancel(False)
-    for each in (asked[0], asked[2]):
-        assert (await each.ended()).raw_output_contents
-    assert asked[1].told == []
-    assert (ended(subject, "OK"), ended(subject, "CANCELLED")) == (2, 1)
-    assert subject.metrics.cancelled.labels("m", "1", "running").value == 1
+async def test_a_caller_who_leaves_costs_nobody_a_place_in_a_full_queue():
+    subject = Gathering(queue_rows=1, queue_timeout_ms=5000)
+    subject.batcher.hold()
+    queued = subject.rpc.begin(request(*range(2)).SerializeToString(), soon(0.04), "other", lambda *_: None)
+    assert isinstance(queued, Short)
+    subject.ask(request(1, 2)).cancel(False)
+    assert subject.batcher.queued_rows == 1
+    assert not queued.done()
+    assert (ended(subject, "CANCELLED"), ended(subject, "UNAVAILABLE")) == (1, 0)
+    subject.batcher.release()
+    await until(queued.done)
+    assert ended(subject, "OK") == 1
+    await subject.batcher.close()
+
+
+async def test_requests_of_several_peers_run_at_once_so_that_no_other_can_come_between():
+    subject = Gathering(queue_rows=4)
+    subject.batcher._patience._bunch = 8.0  # in which case other batches would wait for what the next passes bring
+    asked = [subject.ask(request(value, 1), None, f"{value}") for value in range(BATCH)]
+    assert subject.batcher.queued_rows == 0
+    assert all(each.told for each in asked)
+    asked[0].cancel(False)  # too late
+    assert (ended(subject, "OK"), ended(subject, "CANCELLED")) == (3, 0)
     assert subject.model._holders == 0
+    await subject.batcher.close()
+
+
+@pytest.mark.parametrize("stop", ["drain", "unload"])
+async def test_what_waits_when_the_model_goes_was_admitted(stop):
+    subject = Gathering()
+    asked = [subject.ask(request(value, 1)) for value in (1, 2)]
+    assert subject.waiting == 2
+    if stop == "unload":
+        subject.service._answering._repository.models.clear()  # type: ignore[attr-defined]
+    subject.model.hurry()
+    assert subject.model._holders or all(each.told for each in asked)
+    await subject.batcher.drain()
+    for each in asked:
+        assert (await each.ended()).raw_output_contents
+    if stop == "drain":
+        assert (await subject.ask(request(3, 1)).ended())[0] is grpc.StatusCode.UNAVAILABLE
+    assert subject.waiting == 0
+    await subject.batcher.close()
+
+
+async def test_a_model_that_takes_the_place_of_another_has_its_own_waiting():
+    subject = Gathering()
+    shelf = subject.service._answering._repository
+    for each in [subject.ask(request(value, 1)) for value in (1, 2, 3)]:
+        await each.ended()
+    old, new = subject.model, served(lambda inputs: {"y": inputs["x"].sum(1) * 2}, Metrics(), inline=INLINE)
+    shelf.models["m", 1] = new
+    early = subject.ask(request(3, 4))
+    assert subject.waiting == 1
+    assert np.frombuffer((await early.ended()).raw_output_contents[0], "f4").tolist() == [14]
+    await old.batcher.close()
+    gone = weakref.ref(old)
+    del old, subject.model, each  # a call keeps what answered it
+    gc.collect()
+    assert gone() is None
+    assert len(subject.service._gatherings) == 1
+    await new.batcher.close()
+
+
+async def test_the_queue_timeout_counts_from_when_a_request_came():
+    subject = Gathering(queue_timeout_ms=60_000)
+    subject.batcher.hold()  # so that each is queued by itself
+    asked = [subject.ask(request(value, 1)) for value in (1, 2)]
+    for each in subject.service._gatherings[subject.model]._waiting:
+        each.came -= 59_990_000_000
+    asked.append(subject.ask(request(3, 1)))
+    for each in asked[:2]:
+        assert (await each.ended())[0] is grpc.StatusCode.UNAVAILABLE
+    assert not asked[2].told
+    subject.batcher.release()
+    assert (await asked[2].ended()).raw_output_contents
+    await subject.batcher.close()
+
+
+async def test_the_queue_timeout_goes_on_for_requests_that_are_queued_again():
+    subject = Gathering(Gate(), queue_timeout_ms=60_000)
+    asked = [subject.ask(request(value, 1)) for value in (-1, 2)]
+    for each in subject.service._gatherings[subject.model]._waiting:
+        each.came -= 59_990_000_000
+    asked.append(subject.ask(request(3, 1)))  # the model fails for them together
+    subject.batcher.hold()
+    for each in asked[:2]:
+        assert (await each.ended())[0] is grpc.StatusCode.UNAVAILABLE
+    subject.batcher.release()
+    assert (await asked[2].ended()).raw_output_contents
+    assert subject.model._holders == 0
+    await subject.batcher.close()
+
+
+async def test_who_is_alone_waits_seldom_and_who_is_not_comes_to_share(monkeypatch):
+    monkeypatch.setattr(Callers, "enough", ENOUGH)
+    subject, waited = Gathering(), 0
+    for value in range(200):
+        ends: list[Any] = []
+        begun = subject.rpc.begin(
+            request(value, 1).SerializeToString(), None, PEER, lambda *end, to=ends: to.append(end)
+        )
+        waited += not isinstance(begun, Short)
+        await until(lambda to=ends: to)
+    assert 0 < waited < 10
+    assert subject.batches == [200, 200]
+    for _ in range(300):
+        for each in [subject.ask(request(value, 1)) for value in range(8)]:
+            await each.ended()
+        forwards, rows = subject.batches
+        if forwards < rows:
+            break
+    assert forwards < rows
     await subject.batcher.close()
 
 
@@ -259,8 +363,20 @@ async def test_a_request_of_many_rows_waits_for_nobody():
 @pytest.mark.parametrize("limits", [{"inline": (0, 0)}, {"max_delay_ms": 1}, {"batching": False}])
 async def test_where_batches_run_in_threads_or_wait_by_themselves_or_are_none_nothing_waits_before(limits):
     subject = Gathering(**limits)
-    (known,) = subject.service._heads._models.values()
-    assert known.gathering is None
+    assert (await subject.ask(request(1, 2)).ended()).raw_output_contents
+    assert not subject.service._gatherings
+    await subject.batcher.close()
+
+
+async def test_requests_that_are_not_plain_wait_for_nobody():
+    subject = Gathering()
+    typed, prior = request(1, 2), request(1, 2)
+    typed.inputs[0].contents.fp32_contents.extend([1, 2])
+    typed.raw_input_contents.clear()
+    prior.parameters["priority"].uint64_param = 1
+    for message in (typed, prior):
+        assert subject.ask(message) is None
+    assert not subject.waiting
     await subject.batcher.close()
 
 
@@ -274,12 +390,39 @@ async def test_what_waits_is_bounded_by_the_largest_batch(monkeypatch):
     await subject.batcher.close()
 
 
-async def test_a_fault_at_the_beginning_ends_every_call(monkeypatch):
+async def test_a_fault_at_the_beginning_is_only_that_requests(monkeypatch, caplog):
+    """It is declined: the general path says what the fault is, and counts it, once."""
     subject = Gathering()
-    monkeypatch.setattr(subject.service._heads, "all_known", lambda _: 1 / 0)
-    asked = [subject.ask(request(1, 2)) for _ in range(3)]
-    for each in asked:
-        assert (await each.ended())[0] is grpc.StatusCode.INTERNAL
+    handle, inputs = subject.rpc.handler().unary_unary, Form.inputs
+
+    def faulty(form: Form, contents: Sequence[bytes]) -> Any:
+        return 1 / 0 if np.frombuffer(contents[0], "f4")[0] == 2 else inputs(form, contents)
+
+    monkeypatch.setattr(Form, "inputs", faulty)
+    monkeypatch.setattr(Form, "together", lambda *_: 1 / 0)
+    contexts = [Context(None, PEER) for _ in range(3)]
+    calls = [handle(request(at + 1, 1).SerializeToString(), context) for at, context in enumerate(contexts)]
+    first, fault, last = await asyncio.gather(*calls, return_exceptions=True)
+    assert ModelInferResponse.FromString(first).raw_output_contents
+    assert ModelInferResponse.FromString(last).raw_output_contents
+    assert isinstance(fault, grpc.aio.AbortError)
+    assert contexts[1].status
+    assert contexts[1].status[0] is grpc.StatusCode.INTERNAL
+    assert (ended(subject, "OK"), ended(subject, "INTERNAL")) == (2, 1)
+    assert started(subject) == 3
+    assert "could not be begun together" in caplog.text
+    assert subject.model._holders == 0
+    await subject.batcher.close()
+
+
+async def test_a_declined_call_whose_caller_leaves_at_once_is_counted_once():
+    subject = Gathering(inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 2), range=(0, 100)),))
+    asked = [subject.ask(request(value, 1)) for value in (500, 1, 2)]
+    assert asked[0].told == [None]
+    asked[0].cancel(False)
+    for each in asked[1:]:
+        await each.ended()
+    assert started(subject) == 3
     await subject.batcher.close()
 
 
@@ -306,3 +449,7 @@ async def test_requests_that_waited_leave_nothing_for_the_garbage_collection():
 
 def ended(subject: Subject, code: str) -> float:
     return subject.metrics.requests.labels("m", "1", "predict", code).value
+
+
+def started(subject: Subject) -> float:
+    return next(value for name, value in subject.counts().items() if name[0] == "grpc_server_started_total")
