@@ -101,6 +101,7 @@ class ServedModel:
         self._padded = next((spec.name for spec in loaded.manifest.inputs if spec.pad is not None), None)
         # Without batching every work is a group of its own.
         self._batching = loaded.settings.batching
+        self.on_hurry: Callable[[], None] | None = None
         self._holders = 0
         self._free = asyncio.Event()
         self._free.set()
@@ -131,7 +132,12 @@ class ServedModel:
             self._free.set()
 
     def hurry(self) -> None:
-        """Keep nobody waiting for what may not come: more rows of a batch, or a caller who does not read a stream."""
+        """Keep nobody waiting for what may not come: more requests, or a caller who does not read a stream.
+
+        `on_hurry` lets those go on to the batcher that have waited before it.
+        """
+        if self.on_hurry:
+            self.on_hurry()
         self.batcher.hurry()
         self.streams.hurry()
 

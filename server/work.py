@@ -43,14 +43,12 @@ class Course:
 
     `admitted` is set once the first is queued: the others are part of what was admitted. `counted` is set once the
     request's end is counted, or is not to be: the parts that end with it are not counted again. Or else, what the
-    `requests` have in common that are queued as one work, and end together. `here` says that they have waited for each
-    other, so that a short forward on the event loop delays nobody who would have shared it.
+    `requests` have in common that are queued as one work, and end together.
     """
 
     admitted: bool = False
     counted: bool = False
     requests: int = 1
-    here: bool = False
 
 
 @dataclass(slots=True)

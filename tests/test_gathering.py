@@ -12,6 +12,7 @@ import pytest
 from batching import until
 from begin import PEER, Context, Subject, request, sums
 from ends import SCENARIOS, Gate, soon
+from gathers import BATCH, Gathering, batches_of_three, ended
 from numeric import Arrays
 from test_short import outcome
 
@@ -21,43 +22,10 @@ from layercast.server.service import gathering, scopes
 from layercast.server.service.callers import Callers
 from layercast.server.work import Tap
 
-BATCH = 3
-INLINE = (8, 8)
-
 
 @pytest.fixture(autouse=True)
 def three_callers(monkeypatch):
-    """Take it that there are callers enough for batches of three, and few milliseconds until all are here."""
-    monkeypatch.setattr(Callers, "enough", lambda self, requests: self._all_here or requests >= BATCH)
-
-
-class Gathering(Subject):
-    """A model whose requests wait for each other, from the first on."""
-
-    def __init__(self, *args: Any, **model: Any) -> None:
-        self.ran: list[threading.Thread] = []
-        function, *rest = args or [sums]
-
-        def noted(inputs: Arrays) -> dict[str, np.ndarray]:
-            self.ran.append(threading.current_thread())
-            return function(inputs)
-
-        super().__init__(True, noted, *rest, **{"inline": INLINE, **model})
-        self.function = function
-        assert self.service._parsed(request(1, 2).SerializeToString())
-
-    @property
-    def waiting(self) -> int:
-        (known,) = self.service._heads._models.values()
-        assert known.gathering
-        return len(known.gathering._waiting)
-
-    @property
-    def batches(self) -> list[float]:
-        """How many rows the forwards had: of up to 1, 2, 4 rows and so on."""
-        samples = self.metrics.batch_rows.labels("m", "1").samples()
-        found = {suffix: value for suffix, _, value in samples if suffix != "_bucket"}
-        return [found["_count"], found["_sum"]]
+    batches_of_three(monkeypatch)
 
 
 class Doubling:
@@ -127,38 +95,6 @@ async def test_who_has_nobody_to_wait_for_is_answered_after_a_moment():
     await subject.batcher.close()
 
 
-async def test_a_caller_who_leaves_while_it_waits_is_counted_and_its_rows_never_run():
-    subject = Gathering()
-    gone, late, *kept = [subject.ask(request(value, 1)) for value in (1, 2)]
-    gone.cancel(False)
-    late.cancel(True)
-    assert subject.waiting == 0
-    kept = [subject.ask(request(value, 1)) for value in (3, 4, 5)]
-    for each in kept:
-        await each.ended()
-    assert subject.batches == [1, 3]
-    assert gone.told == late.told == []
-    assert ended(subject, "CANCELLED") == ended(subject, "DEADLINE_EXCEEDED") == 1
-    assert subject.metrics.cancelled.labels("m", "1", "queued").value == 1
-    assert subject.metrics.expired.labels("m", "1", "queued").value == 1
-    assert subject.model._holders == 0
-    await subject.batcher.close()
-
-
-async def test_a_caller_who_leaves_once_the_rows_are_queued_takes_nobody_along():
-    subject = Gathering()
-    asked = [subject.ask(request(value, 1)) for value in (1, 2, 3)]
-    asked[1].cancel(False)
-    asked[1].cancel(False)
-    for each in (asked[0], asked[2]):
-        assert (await each.ended()).raw_output_contents
-    assert asked[1].told == []
-    assert (ended(subject, "OK"), ended(subject, "CANCELLED")) == (2, 1)
-    assert subject.metrics.cancelled.labels("m", "1", "running").value == 1
-    assert subject.model._holders == 0
-    await subject.batcher.close()
-
-
 async def test_only_the_request_that_the_model_fails_for_fails():
     subject = Gathering(Gate())
     asked = [subject.ask(request(value, 1)) for value in (1, -1, 2)]
@@ -167,23 +103,6 @@ async def test_only_the_request_that_the_model_fails_for_fails():
     assert good.raw_output_contents
     assert other.raw_output_contents
     assert (ended(subject, "OK"), ended(subject, "INTERNAL")) == (2, 1)
-    await subject.batcher.close()
-
-
-async def test_a_caller_may_leave_while_the_rows_of_a_failed_batch_run_one_by_one():
-    gate = Gate()
-    subject = Gathering(gate, max_batch=8)
-    asked = [subject.ask(request(value, 1)) for value in (1, -1, 2)]
-    subject.function.leave.clear()
-    subject.batcher.hold()  # the parts, which are queued once the batch has failed
-    await asyncio.sleep(0)
-    subject.batcher.release()
-    asked[0].cancel(False)
-    await asked[1].ended()
-    await asked[2].ended()
-    assert asked[0].told == []
-    assert (ended(subject, "OK"), ended(subject, "INTERNAL"), ended(subject, "CANCELLED")) == (1, 1, 1)
-    assert subject.model._holders == 0
     await subject.batcher.close()
 
 
@@ -259,8 +178,8 @@ async def test_a_request_of_many_rows_waits_for_nobody():
 @pytest.mark.parametrize("limits", [{"inline": (0, 0)}, {"max_delay_ms": 1}, {"batching": False}])
 async def test_where_batches_run_in_threads_or_wait_by_themselves_or_are_none_nothing_waits_before(limits):
     subject = Gathering(**limits)
-    (known,) = subject.service._heads._models.values()
-    assert known.gathering is None
+    assert (await subject.ask(request(1, 2)).ended()).raw_output_contents
+    assert not subject.service._gatherings
     await subject.batcher.close()
 
 
@@ -271,15 +190,6 @@ async def test_what_waits_is_bounded_by_the_largest_batch(monkeypatch):
     assert subject.waiting == 2
     for each in asked:
         await each.ended()
-    await subject.batcher.close()
-
-
-async def test_a_fault_at_the_beginning_ends_every_call(monkeypatch):
-    subject = Gathering()
-    monkeypatch.setattr(subject.service._heads, "all_known", lambda _: 1 / 0)
-    asked = [subject.ask(request(1, 2)) for _ in range(3)]
-    for each in asked:
-        assert (await each.ended())[0] is grpc.StatusCode.INTERNAL
     await subject.batcher.close()
 
 
@@ -302,7 +212,3 @@ async def test_requests_that_waited_leave_nothing_for_the_garbage_collection():
     finally:
         gc.enable()
         await subject.batcher.close()
-
-
-def ended(subject: Subject, code: str) -> float:
-    return subject.metrics.requests.labels("m", "1", "predict", code).value

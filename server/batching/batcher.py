@@ -18,7 +18,7 @@ from layercast.server.batching.pace import Pace
 from layercast.server.batching.patience import Patience
 from layercast.server.batching.policy import Limits, Observer, Phase, Reason, executed, late_from
 from layercast.server.batching.queue import Queue
-from layercast.server.batching.waiting import Waiting, forget
+from layercast.server.batching.waiting import Waiting, ask, forget
 from layercast.server.errors import DeadlineCancelled, Unavailable
 from layercast.server.work import Answer, Course, Terms, Work
 
@@ -86,7 +86,7 @@ class Batcher:
         return not apart and self._admission.fits(rows, size)
 
     def runs_at_once(self, rows: int, requests: int) -> bool:
-        """Tell whether so many rows of so many requests, if queued now, run on the event loop, in its next pass."""
+        """Tell whether so many rows of so many requests, if queued now, run on the event loop in `run_now`."""
         waits = self._held or self._queue.held.works or self._limits.max_delay or not self._forwards.free
         return not waits and self._forwards.inline(rows, requests)
 
@@ -98,7 +98,7 @@ class Batcher:
         run but are sure to be late. The rows of a caller who is cancelled leave the queue at once; when it is its
         deadline that cancels it, that is counted as such.
         """
-        futures = self._ask(works)
+        futures = ask(works)
         late, answers = late_from(terms.deadline, self._loop.time()), []
         waiting = self.enqueue(works, terms)
         try:
@@ -122,6 +122,10 @@ class Batcher:
         """Queue the works of one request, all or none, to be answered through their askers: see `submit`."""
         self._admit(works, terms)
         return Waiting(works, terms.course, self._timers(works, terms), self._endings, self._withdraw)
+
+    def run_now(self) -> None:
+        """Run what waits, a short forward on the event loop: those who would have shared it have waited before."""
+        self._look(here=True)
 
     def hold(self) -> None:
         """Gather nothing until `release`: what arrives waits in the queue. For tests of waiting rows."""
@@ -163,12 +167,6 @@ class Batcher:
         # A thread that is still in a forward now has had its time; it ends by itself or with the process.
         await self._forwards.stop(seconds if settled else 0.0)
 
-    def _ask(self, works: Sequence[Work]) -> "list[asyncio.Future[Answer]]":
-        futures: list[asyncio.Future[Answer]] = [self._loop.create_future() for _ in works]
-        for work, future in zip(works, futures, strict=True):
-            work.asker = future
-        return futures
-
     def _admit(self, works: Sequence[Work], terms: Terms) -> None:
         course = terms.course
         if self._closed or (self._draining and not (course and course.admitted)):
@@ -194,7 +192,8 @@ class Batcher:
         seconds = own if asked is None else asked if own is None else min(own, asked)
         timers = []
         if seconds is not None:
-            timers.append(self._loop.call_later(seconds, self._time_out, works, seconds, terms.course))
+            left = max(0.0, seconds - terms.waited_ns / 1e9)
+            timers.append(self._loop.call_later(left, self._time_out, works, seconds, terms.course))
         if terms.deadline is not None:
             timers.append(self._loop.call_at(terms.deadline, lambda: self._end(works, too_late())))
         return timers
@@ -230,12 +229,12 @@ class Batcher:
         if self._next_look is None:
             self._next_look = self._loop.call_soon(self._look)
 
-    def _look(self) -> None:
-        """Let free instances run what may run now. The first row's arrival starts the clock."""
+    def _look(self, here: bool = False) -> None:
+        """Let free instances run what may run now, `here` if it can be. The first row's arrival starts the clock."""
         self._forget_looks()
         self._patience.passed()
         while self._forwards.free and not self._held:
-            if self._more_may_come():
+            if not here and self._more_may_come():
                 self._look_soon()
                 return
             now = time.perf_counter_ns()
@@ -245,7 +244,7 @@ class Batcher:
             if not gathered.batch:
                 self._look_after_delay(now)
                 break
-            if self._start(gathered.batch, now) and self._queue.held.works:
+            if self._start(gathered.batch, now, here) and self._queue.held.works:
                 self._look_soon()  # it ran on this loop: others come first now
                 break
         self._settle()
@@ -267,7 +266,7 @@ class Batcher:
             and self._patience.lasts(oldest.arrived)
         )
 
-    def _start(self, batch: Batch, now: int) -> bool:
+    def _start(self, batch: Batch, now: int, here: bool) -> bool:
         """Run a batch that was taken from the queue; tell whether it has ended."""
         held = self._queue.held
         self._observer.queued(held.rows, held.bytes)
@@ -275,7 +274,7 @@ class Batcher:
         for work in batch.works:
             work.started = now
             waited((now - work.arrived) / 1e9, work.requests)
-        return self._forwards.start(batch, here=self._patience.here)
+        return self._forwards.start(batch, here or self._patience.here)
 
     def _look_after_delay(self, now: int) -> None:
         if oldest := self._queue.oldest():

@@ -92,11 +92,10 @@ class Forwards:
     def start(self, batch: Batch, here: bool) -> bool:
         """Run `batch` on a free instance; tell whether it has ended, which is so when it ran on the event loop.
 
-        It does so only if `here`, or if the works are to, and only a batch of plain predictions that is short.
+        It does so only if `here`, and only a batch of plain predictions that is short.
         """
         instance, works = self._free.pop(), batch.works
         self.running.update(works)
-        here = here or any(work.course and work.course.here for work in works)
         short = here and self.inline(batch.rows, sum(work.requests for work in works))
         if not short or any(work.taps or work.edits for work in works):
             instance.start(works, partial(self._ran, instance, batch))

@@ -54,6 +54,15 @@ class Waiting:
             work.parts, work.asker = (), NOBODY
 
 
+def ask(works: Sequence[Work]) -> "list[asyncio.Future[Answer]]":
+    """Return futures that are told the ends of these works."""
+    loop = asyncio.get_running_loop()
+    futures: list[asyncio.Future[Answer]] = [loop.create_future() for _ in works]
+    for work, future in zip(works, futures, strict=True):
+        work.asker = future
+    return futures
+
+
 def forget(futures: "list[asyncio.Future[Answer]]") -> None:
     """Let nobody wait for these any more, nor keep them: an error refers to the list by its traceback."""
     for future in futures:

@@ -7,7 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from layercast.server.errors import Evicted, OutOfMemory, ServingError
 from layercast.server.service.answering import LARGE, begin, failed, succeeded
 from layercast.server.service.heads import Known
-from layercast.server.service.short import Queued, Short, Told, abandoned
+from layercast.server.service.short import Queued, Short, Told
 from layercast.server.work import Answer, Array, Course, Terms
 
 C = TypeVar("C", bound=Told)
@@ -41,18 +41,18 @@ class Bunch(Queued):
     """Requests of one form, counted and queued; the asker of their work. They came at `start`."""
 
     __slots__ = (
-        "_alone", "_calls", "_each", "_form", "_id_fields", "_inputs", "_model", "_shared_ns", "_start",
+        "_alone", "_calls", "_each", "_form", "_id_fields", "_inputs", "_model", "_queued", "_shared_ns", "_start",
     )  # fmt: skip
 
     def __init__(self, requests: Sequence[Asked[Any]], start: int) -> None:
         super().__init__()
         self._model, self._form = requests[0].known.model, requests[0].known.form
-        self._calls: list[Told | None] = [asked.call for asked in requests]
+        self._calls: list[Told] = [asked.call for asked in requests]
         self._id_fields = [asked.known.id_field for asked in requests]
         for asked in requests:
             asked.call.begun(asked.known.id_field)
         begin(self._model, len(requests))
-        self._start = start
+        self._start = self._queued = start
         self._shared_ns = 0
         self._inputs: Mapping[str, Array] = {}
         self._each: Sequence[Terms] = ()
@@ -65,12 +65,13 @@ class Bunch(Queued):
         """
         form, many = self._form, len(self._calls)
         self._inputs, self._each = inputs, each or [terms] * many
-        self._shared_ns = time.perf_counter_ns() - self._start - terms.waited_ns
+        self._queued = time.perf_counter_ns()
+        self._shared_ns = self._queued - self._start - terms.waited_ns
         try:
             if form.group is None:
                 form.group = self._model.group(inputs)._replace(bytes=sum(form.sizes))
             group = form.group._replace(bytes=form.group.bytes * many)
-            course = Course(requests=many, here=bool(each))
+            course = Course(requests=many)
             own = Terms(terms.deadline, peer=terms.peer, course=course, waited_ns=terms.waited_ns)
             self._waiting = self._model.enqueue(inputs, form.rows * many, group, own, self)
         except Exception as error:
@@ -90,11 +91,9 @@ class Bunch(Queued):
         self._over()
         now = time.perf_counter_ns()
         decode_ns, encode_ns = self._shared_ns // many, (now - ran) // many
-        there = many - self._calls.count(None)
-        succeeded(self._model, "predict", now - self._start, decode_ns, queue_ns, compute_ns, encode_ns, there)
+        succeeded(self._model, "predict", now - self._start, decode_ns, queue_ns, compute_ns, encode_ns, many)
         for call, content in zip(self._calls, contents, strict=True):
-            if call:
-                call.answered(content)
+            call.answered(content)
 
     def set_exception(self, error: Exception) -> None:
         """Tell the calls that there is no answer; what one is to blame or enough for, the others have no part in."""
@@ -114,41 +113,39 @@ class Bunch(Queued):
         if self._done:
             return
         end = self._withdraw(late)
-        for call in filter(None, self._calls):
+        for call in self._calls:
             failed(self._model, "predict", end, self._start)
             call.left(late)
 
     def leave(self, call: Told, late: bool) -> None:
-        """One caller has gone, or else (`late`) its deadline is over. It is told nothing more; its rows may still run.
+        """One caller has gone, or else (`late`) its deadline is over. It is told nothing more.
 
-        Only for a work that runs as soon as it is queued: else they should leave the queue.
+        Only for a work that ran as soon as it was queued: what still waits are requests that were queued again, alone.
         """
         for short in self._alone:
             if short.call is call:
                 short.cancel(late)
-        if not self._done and call in self._calls:
-            self._calls[self._calls.index(call)] = None
-            abandoned(self._model, call, self._start, late, "running")
 
     def _part(self, last: Exception | None = None) -> None:
         """Queue each request alone, all having been admitted; but the last ends by `last` if there is that."""
-        inputs, many = self._inputs, self._form.rows
+        inputs, many, now = self._inputs, self._form.rows, time.perf_counter_ns()
         self._over()
         for at, (id_field, call, terms) in enumerate(zip(self._id_fields, self._calls, self._each, strict=True)):
-            if call is None:
-                continue
             if last and at == len(self._calls) - 1:
                 failed(self._model, "predict", last, self._start)
                 call.failed(last)
                 break
-            short = Short(Known(self._model, self._form, id_field, ()), self._start, call, again=True)
+            start = self._queued - self._shared_ns - terms.waited_ns
+            short = Short(Known(self._model, self._form, id_field, ()), start, call, again=True)
             self._alone.append(short)
             own = {name: array[at * many : (at + 1) * many] for name, array in inputs.items()}
-            short.queue(own, Terms(terms.deadline, peer=terms.peer, course=Course(admitted=True)))
+            waited_ns = terms.waited_ns + now - self._queued
+            course = Course(admitted=True)
+            short.queue(own, Terms(terms.deadline, peer=terms.peer, course=course, waited_ns=waited_ns))
 
     def _fail(self, error: Exception) -> None:
         self._over()
-        for call in filter(None, self._calls):
+        for call in self._calls:
             failed(self._model, "predict", error, self._start)
             call.failed(error)
 

@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from layercast.server.service.answering import LARGE
+from layercast.server.service.answering import LARGE, begin
 from layercast.server.service.bunch import Bunch
 from layercast.server.service.callers import TICK_SECONDS, Callers
-from layercast.server.service.short import Short, Told
+from layercast.server.service.heads import Known
+from layercast.server.service.short import Short, Told, abandoned
 from layercast.server.work import Terms
 
 _SOON_SECONDS: Final = 0.05
 """A request with less time than this waits for nobody."""
-
 
 _LARGEST: Final = 16 << 10
 """A message of more bytes has rows enough by itself."""
@@ -31,11 +31,14 @@ class Declinable(Told, Protocol):
 
 
 class Gathered:
-    """A request that waits for others; later, the way to what answers it. `raw` is kept for one that is declined."""
+    """A plain request that waits for others; later, the way to what answers it. `raw` is for one that is declined."""
 
-    __slots__ = ("_gathering", "begun", "call", "came", "deadline", "peer", "raw")
+    __slots__ = ("_gathering", "begun", "call", "came", "deadline", "known", "peer", "raw")
 
-    def __init__(self, gathering: "Gathering", raw: bytes, deadline: float | None, peer: str, call: Declinable) -> None:
+    def __init__(
+        self, gathering: "Gathering", known: Known, raw: bytes, deadline: float | None, peer: str, call: Declinable
+    ) -> None:
+        self.known: Known | None = known
         self.raw = raw
         self.deadline = deadline
         self.peer = peer
@@ -46,7 +49,12 @@ class Gathered:
 
     def begun_as(self, work: Short | Bunch) -> None:
         """The answer comes from there."""
-        self.begun, self.raw = work, b""  # what the rows need of it was taken
+        self.begun, self.known, self.raw = work, None, b""  # what the rows need of it was taken
+
+    def decline(self) -> None:
+        """Leave the request to the general path."""
+        self.known = None
+        self.call.declined()
 
     @property
     def terms(self) -> Terms:
@@ -55,24 +63,23 @@ class Gathered:
 
     def cancel(self, late: bool) -> None:
         """The caller has gone, or else (`late`) its deadline is over: tell nothing any more."""
-        self._gathering.leave(self)
         if isinstance(self.begun, Bunch):
             self.begun.leave(self.call, late)
         elif self.begun:
             self.begun.cancel(late)
-        else:
+        elif self.known:  # it is counted as if it had been queued, where it might have cost another its place
+            self._gathering.leave(self)
+            self.call.begun(self.known.id_field)
+            begin(self.known.model)
+            abandoned(self.known.model, self.call, self.came, late, "queued")
+            self.known = None
+        else:  # declined just now: the general path, which would count it, has not begun
             self.call.begun(b"")
             self.call.left(late)
 
-    def fail(self, error: Exception) -> None:
-        """End the call with an error, unless the answer comes from elsewhere."""
-        if self.begun is None:
-            self.call.begun(b"")
-            self.call.failed(error)
-
 
 Begin = Callable[[Sequence[Gathered]], None]
-"""Begins to answer requests that have waited, or declines them."""
+"""Begins to answer requests that have waited, or declines them. Raises nothing."""
 
 
 class Gathering:
@@ -85,22 +92,24 @@ class Gathering:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[Gathered, None] = {}
         self._bytes = 0
+        self._ended = False
         self._tick: asyncio.TimerHandle | None = None
 
     def takes(self, size: int, deadline: float | None) -> bool:
         """Tell whether a request of so many bytes, which has just come, waits for others."""
-        if size > _LARGEST:
+        soon = deadline is not None and deadline - self._loop.time() < _SOON_SECONDS
+        if self._ended or size > _LARGEST or soon:
             return False
         many = len(self._waiting) + 1
         self._callers.came(many)
         if many == 1 and self._callers.enough(1):
             self._callers.ran(1)
             return False
-        return deadline is None or deadline - self._loop.time() >= _SOON_SECONDS
+        return True
 
-    def take(self, raw: bytes, deadline: float | None, peer: str, call: Declinable) -> Gathered:
+    def take(self, known: Known, raw: bytes, deadline: float | None, peer: str, call: Declinable) -> Gathered:
         """Let a request wait; if it is the last that the others have waited for, begin them all."""
-        gathered = Gathered(self, raw, deadline, peer, call)
+        gathered = Gathered(self, known, raw, deadline, peer, call)
         self._waiting[gathered] = None
         self._bytes += len(raw)
         many = len(self._waiting)
@@ -111,11 +120,15 @@ class Gathering:
         return gathered
 
     def leave(self, gathered: Gathered) -> None:
-        """Begin a request, of which nobody will know the end, if it still waits: so it is counted as any other."""
-        if gathered in self._waiting:
-            del self._waiting[gathered]
-            self._bytes -= len(gathered.raw)
-            self._begin([gathered])
+        """Let a request wait no longer."""
+        del self._waiting[gathered]
+        self._bytes -= len(gathered.raw)
+
+    def end(self) -> None:
+        """Begin all that waits, and from now on let nothing wait."""
+        self._ended = True
+        if self._waiting:
+            self._begin_all()
 
     def _ticked(self) -> None:
         self._tick = None
@@ -134,8 +147,4 @@ class Gathering:
             self._tick = None
         waiting, self._waiting, self._bytes = list(self._waiting), {}, 0
         self._callers.ran(len(waiting))
-        try:
-            self._begin(waiting)
-        except Exception as error:
-            for each in waiting:
-                each.fail(error)
+        self._begin(waiting)

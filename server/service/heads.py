@@ -7,7 +7,7 @@ the id and the values differ, and of these the marks before them tell where each
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -15,9 +15,6 @@ from layercast.proto.fields import mark
 from layercast.proto.messages import ModelInferRequest
 from layercast.server.model import ServedModel
 from layercast.server.service.form import Form
-
-if TYPE_CHECKING:
-    from layercast.server.service.gathering import Gathering
 
 _NAME: Final = mark(ModelInferRequest, "model_name", 0)[0]
 _VERSION: Final = mark(ModelInferRequest, "model_version", 0)[0]
@@ -40,8 +37,7 @@ class Known(NamedTuple):
 class _Model:
     """The heads of messages that begin with the same model's name and version."""
 
-    def __init__(self, name: str, version: str, model: ServedModel, gathering: "Gathering | None") -> None:
-        self.gathering = gathering
+    def __init__(self, name: str, version: str, model: ServedModel) -> None:
         self.name = name
         self.version = version
         self.model = weakref.ref(model)
@@ -50,28 +46,11 @@ class _Model:
 
 
 class Heads:
-    """`ready` returns the model that answers for a name and a version, None when there is none.
+    """`ready` returns the model that answers for a name and a version, None when there is none."""
 
-    `gather` returns where the requests for a model wait for each other, None if they don't.
-    """
-
-    def __init__(
-        self,
-        ready: Callable[[str, str], ServedModel | None],
-        gather: "Callable[[ServedModel], Gathering | None]" = lambda _: None,
-    ) -> None:
+    def __init__(self, ready: Callable[[str, str], ServedModel | None]) -> None:
         self._ready = ready
-        self._gather = gather
         self._models: dict[bytes, _Model] = {}
-
-    def gathering(self, raw: bytes) -> "Gathering | None":
-        """Return where the message waits for others, if it seems to be for a model whose requests do."""
-        try:
-            named, _ = _split(raw)
-        except IndexError:
-            return None
-        known = self._models.get(raw[:named])
-        return known.gathering if known else None
 
     def known(self, raw: bytes) -> Known | None:
         """Return what the message asks if its like was learned."""
@@ -124,8 +103,7 @@ class Heads:
         if known is None or known.model() is not model:
             if len(self._models) >= _MOST:
                 self._models.clear()
-            own = request.model_name, request.model_version, model, self._gather(model)
-            known = self._models[raw[:named]] = _Model(*own)
+            known = self._models[raw[:named]] = _Model(request.model_name, request.model_version, model)
         if len(known.forms) >= _MOST:
             known.forms.clear()
             known.lengths.clear()

@@ -1,5 +1,6 @@
 """ModelInfer of the Open Inference Protocol (KServe v2) with Triton's extensions, free of any transport."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from layercast.server.service.short import Short, Told
 from layercast.server.service.template import id_field, values_of
 from layercast.server.work import Array, Terms
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class _Asked:
@@ -46,8 +49,8 @@ class InferenceService:
 
     def __init__(self, answering: Answering) -> None:
         self._answering = answering
-        self._gathers = False  # until one model does
-        self._heads = Heads(answering.ready_model, self._gathering)
+        self._heads = Heads(answering.ready_model)
+        self._gatherings: WeakKeyDictionary[ServedModel, Gathering] = WeakKeyDictionary()
         self._plain: WeakKeyDictionary[ServedModel, Plain] = WeakKeyDictionary()
 
     async def model_infer(self, request: ModelInferRequest, call: Call) -> ModelInferResponse:
@@ -69,10 +72,15 @@ class InferenceService:
         """
         if len(raw) >= LARGE or not scopes.has(scopes.PREDICT):
             return None
-        if self._gathers and (gathering := self._heads.gathering(raw)) and gathering.takes(len(raw), deadline):
-            return gathering.take(raw, deadline, peer, call)
         known = self._heads.known(raw) or self._parsed(raw)
-        return self.begin(known, deadline, peer, call) if known else None
+        if known is None:
+            return None
+        # Whether a caller may see layers is known where it calls.
+        if known.model.gathers and not known.form.taps:
+            gathering = self._gathering(known.model)
+            if gathering.takes(len(raw), deadline):
+                return gathering.take(known, raw, deadline, peer, call)
+        return self.begin(known, deadline, peer, call)
 
     def all_known(self, messages: Sequence[bytes]) -> list[Known | None]:
         """Recognise serialised requests that are plain, and that the caller may make; only values are left to see."""
@@ -111,24 +119,31 @@ class InferenceService:
         short.queue(inputs, terms)
         return short
 
-    def _gathering(self, model: ServedModel) -> Gathering | None:
-        self._gathers = self._gathers or model.gathers
-        return Gathering(self._begin_gathered, model.loaded.settings.max_batch) if model.gathers else None
+    def _gathering(self, model: ServedModel) -> Gathering:
+        gathering = self._gatherings.get(model)
+        if gathering is None:
+            gathering = Gathering(self._begin_gathered, model.loaded.settings.max_batch)
+            self._gatherings[model], model.on_hurry = gathering, gathering.end
+        return gathering
 
     def _begin_gathered(self, waiting: Sequence[Gathered]) -> None:
-        """Begin to answer requests that have waited for each other; decline those that are not plain and right."""
-        heads = self._heads.all_known([each.raw for each in waiting])
-        found = [one or self._parsed(each.raw) for each, one in zip(waiting, heads, strict=True)]
-        # Whether a caller may see layers is known where it calls: they are the general path's.
-        found = [one if one and not one.form.taps else None for one in found]
-        known = [each for each in found if each]
-        if len(known) == len(waiting) and _begin_at_once(waiting, known):
-            return
-        for each, one in zip(waiting, found, strict=True):
-            if one and (short := self._begin_on(each.terms, one, each.call)):
+        """Begin to answer requests that have waited for each other; decline those with wrong values."""
+        try:
+            if _begin_at_once(waiting):
+                return
+        except Exception:
+            logger.exception("requests that had waited for each other could not be begun together")
+        for each in waiting:
+            if each.known is None:
+                continue
+            try:
+                short = self._begin_on(each.terms, each.known, each.call)
+            except Exception:  # the general path says what it is
+                short = None
+            if short:
                 each.begun_as(short)
             else:
-                each.call.declined()
+                each.decline()
 
     def _parsed(self, raw: bytes) -> Known | None:
         try:
@@ -230,12 +245,13 @@ class InferenceService:
             check_answer(response.ByteSize(), self._answering.max_bytes, cure)
 
 
-def _begin_at_once(waiting: Sequence[Gathered], known: Sequence[Known]) -> bool:
-    """Begin to answer requests as one work if they have one form and right values, and run at once.
+def _begin_at_once(waiting: Sequence[Gathered]) -> bool:
+    """Answer requests for one model as one work if they have one form and right values, and run at once.
 
-    In the queue each has to be by itself, since each may be withdrawn, or be too late.
+    In the queue each has to be by itself, since each may be withdrawn, or be too late, and belongs to its own peer.
     """
-    model, form, many = known[0].model, known[0].form, len(known)
+    known, many = [each.known for each in waiting if each.known], len(waiting)
+    model, form = known[0].model, known[0].form
     if many == 1 or any(each.form is not form for each in known):
         return False
     rows = form.rows * many
@@ -250,7 +266,8 @@ def _begin_at_once(waiting: Sequence[Gathered], known: Sequence[Known]) -> bool:
     bunch = Bunch(asked, time.perf_counter_ns() - waited_ns)
     for each in waiting:
         each.begun_as(bunch)
-    bunch.queue(inputs, Terms(peer=terms[0].peer, waited_ns=waited_ns), terms)
+    bunch.queue(inputs, Terms(waited_ns=waited_ns), terms)
+    model.batcher.run_now()
     return True
 
 
