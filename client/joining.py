@@ -32,8 +32,7 @@ class Joining:
 
         InternalError when something between it and the message before is missing.
         """
-        if response.warning:
-            pass_on(response.warning)
+        pass_on(response.warning)
         if self._total is None:
             self._total = response.total_rows
         if response.first_row != self._rows or response.total_rows != self._total:

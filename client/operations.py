@@ -101,8 +101,7 @@ class Operations:
         metadata = yield from self._known(model, version)
         request = _extraction(metadata, model, inputs, layers, reduce, outputs, version, identifier)
         response: ExtractResponse = yield from self._with_model(Call(FEATURES["Extract"], request), metadata)
-        if response.warning:
-            pass_on(response.warning)
+        pass_on(response.warning)
         with decoding(model):
             return decode_named([*response.layers, *response.outputs], kind="output", limit=None)
 
@@ -146,8 +145,7 @@ class Operations:
             inputs=sent_inputs(metadata, inputs),
         )
         response: SteerResponse = yield from self._with_model(Call(FEATURES["Steer"], request), metadata)
-        if response.warning:
-            pass_on(response.warning)
+        pass_on(response.warning)
         with decoding(model):
             return decode_named([*response.outputs, *response.layers], kind="output", limit=None)
 

@@ -90,7 +90,9 @@ def _parsed(properties: Mapping[str, str], name: str, kind: type) -> Any:
 
 
 def pass_on(warning: str) -> None:
-    """Warn of what the server says about the inputs, at the line that called this package."""
+    """Warn of what the server says about the inputs, if it says anything, at the line that called this package."""
+    if not warning:
+        return
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals["__name__"].startswith("layercast.client"):
         level, frame = level + 1, frame.f_back

@@ -73,13 +73,8 @@ def load(
             source = replace(source, threads=own)
             torch.set_num_threads(own)
         every = _every(source, first, choice, recorded, devices)
-    # A part of the program would give layers in float32.
-    reads = "eager" if settings.precision == "bf16" else settings.engine
     manifest = restricted(manifest, settings)  # first: nothing is compiled for layers that nobody may ask for
-    # A part of the program computes as the whole does: with as many threads as that was measured to be worth.
-    several = next((candidate.threads for candidate in choice.used if candidate.engine == "onnx"), own)
-    program = tapping.program(directory, manifest, devices[0], several, reads)
-    readers = tapping.readers([engines.eager for engines in every], program, recorded)
+    readers = _readers(source, manifest, settings, choice, every, recorded)
     manifest, note = _shown(source, manifest, first.eager, readers[0], recorded)
     for candidate in choice.used:
         _warm_up([engines.fast[candidate] for engines in every], recorded, settings.max_batch)
@@ -108,6 +103,23 @@ def _every(
         else:
             every.append(Engines.load(replace(source, device=device), choice.used, recorded, choice.buckets))
     return every
+
+
+def _readers(
+    source: Source,
+    manifest: Manifest,
+    settings: ModelSettings,
+    choice: Choice,
+    every: Sequence[Engines],
+    recorded: Golden,
+) -> list[Tapping | None]:
+    """Return what reads the layers of `manifest` in each instance."""
+    # A part of the program would give layers in float32.
+    asked = "eager" if settings.precision == "bf16" else settings.engine
+    # A part of the program computes as the whole does: with as many threads as that was measured to be worth.
+    threads = next((candidate.threads for candidate in choice.used if candidate.engine == "onnx"), source.threads)
+    program = tapping.program(source.directory, manifest, source.device, threads, asked)
+    return tapping.readers([engines.eager for engines in every], program, recorded)
 
 
 def _shares(source: Source) -> bool:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-import torch
-
+from layercast.server import processors
 from layercast.server.engines.base import Inputs
 from layercast.server.engines.choice import Buckets
 from layercast.server.engines.timing import SLOW, Batch, Run
@@ -38,7 +37,7 @@ class Team:
 
     def __init__(self, threads: int) -> None:
         self.size = threads
-        self._pool = ThreadPoolExecutor(threads, "layercast-timed", _alone)
+        self._pool = ThreadPoolExecutor(threads, "layercast-timed", processors.prepare, (1,))
 
     def __call__(self, run: Run, inputs: Inputs) -> None:
         """Run `inputs` in every thread; raises what one of them raises."""
@@ -48,11 +47,6 @@ class Team:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
-
-
-def _alone() -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
 
 
 def gain(

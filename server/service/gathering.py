@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from layercast.server.service.answering import LARGE, begin
+from layercast.server.service.answering import LARGE
 from layercast.server.service.bunch import Bunch
 from layercast.server.service.callers import TICK_SECONDS, Callers
 from layercast.server.service.heads import Known
@@ -70,8 +70,7 @@ class Gathered:
         elif self.known:  # it is counted as if it had been queued, where it might have cost another its place
             self._gathering.leave(self)
             self.call.begun(self.known.id_field)
-            begin(self.known.model)
-            abandoned(self.known.model, self.call, self.came, late, "queued")
+            abandoned(self.known.model, self.call, self.came, late)
             self.known = None
         else:  # declined just now: the general path, which would count it, has not begun
             self.call.begun(b"")

@@ -15,7 +15,7 @@ from layercast.proto.messages import ModelInferRequest
 from layercast.server.errors import ServingError
 from layercast.server.layers import ENVELOPE, answer_bytes, reduced_datatype, sizes
 from layercast.server.service.form import Form, Shape, View, check_of
-from layercast.server.service.requests import Wanted, resolve_outputs
+from layercast.server.service.requests import Wanted, length_in, resolve_outputs
 from layercast.server.service.template import Result, Template
 from layercast.server.settings import ModelSettings
 
@@ -103,8 +103,7 @@ class Plain:
     def _results(self, wanted: Wanted, shapes: tuple[Shape, ...]) -> tuple[Result, ...]:
         """Return the tensors of the answer to inputs of these shapes, in order; none if they are not to be had so."""
         manifest, rows = self._manifest, shapes[0][0]
-        length = next((shape[at] for (s, _), shape in zip(self._inputs, shapes, strict=True)
-                       for at in s.dynamic_dimensions()), None)  # fmt: skip
+        length = length_in(manifest, {spec.name: shape for (spec, _), shape in zip(self._inputs, shapes, strict=True)})
         try:
             layers = answer_bytes(manifest, wanted.taps, rows, length)
         except ServingError:  # a reducer that does not fit this length

@@ -172,10 +172,15 @@ def resolve_outputs(manifest: Manifest, names: Sequence[str], settings: ModelSet
 
 def token_length(manifest: Manifest, inputs: Mapping[str, Array]) -> int | None:
     """Return the size of the inputs' dynamic dimension, or None when they have none."""
+    return length_in(manifest, {name: array.shape for name, array in inputs.items()})
+
+
+def length_in(manifest: Manifest, shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Return the size of the dynamic dimension of inputs of these `shapes`, or None when they have none."""
     for spec in manifest.inputs:
         dynamic = spec.dynamic_dimensions()
         if dynamic:
-            return int(inputs[spec.name].shape[dynamic[0]])
+            return shapes[spec.name][dynamic[0]]
     return None
 
 

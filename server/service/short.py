@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from layercast.server.batching.policy import Phase
 from layercast.server.batching.waiting import Waiting
 from layercast.server.errors import DeadlineCancelled
 from layercast.server.model import ServedModel
@@ -57,14 +56,19 @@ class Queued:
         if self._waiting:
             self._waiting.left(late)
         self._over()
-        return DeadlineCancelled() if late else asyncio.CancelledError()
+        return _gone(late)
 
 
-def abandoned(model: ServedModel, call: Told, start: int, late: bool, when: Phase) -> None:
-    """Count a request, which came at `start`, whose caller has gone, or else (`late`) whose deadline is over."""
-    failed(model, "predict", DeadlineCancelled() if late else asyncio.CancelledError(), start)
-    (model.monitor.expired if late else model.monitor.cancelled)(when)
+def abandoned(model: ServedModel, call: Told, start: int, late: bool) -> None:
+    """Count a request that came at `start`: its caller goes, or else (`late`) its deadline passes, while it waits."""
+    begin(model)
+    failed(model, "predict", _gone(late), start)
+    (model.monitor.expired if late else model.monitor.cancelled)("queued")
     call.left(late)
+
+
+def _gone(late: bool) -> BaseException:
+    return DeadlineCancelled() if late else asyncio.CancelledError()
 
 
 class Short(Queued):
