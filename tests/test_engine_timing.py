@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import pytest
@@ -27,9 +27,9 @@ class Machine:
         self.wall = self.cpu = 0.0
         self.runs: Counter[tuple[Candidate, int, int]] = Counter()
 
-    def choose(self, buckets: Buckets = BUCKETS, processors: int = 2) -> Choice:
+    def choose(self, buckets: Buckets = BUCKETS, processors: int = 2, here: Collection[Candidate] = ()) -> Choice:
         engines = {candidate: self.engine(candidate) for candidate in self.costs}
-        return fastest(engines, self.batch, buckets, processors, lambda: Instant(self.wall, self.cpu))[0]
+        return fastest(engines, self.batch, buckets, processors, here, lambda: Instant(self.wall, self.cpu))[0]
 
     def engine(self, candidate: Candidate):
         def run(inputs):

@@ -50,7 +50,7 @@ def test_only_the_steady_engine_of_a_single_instance_runs_on_the_loop(
             answers = list(pool.map(lambda x: server.call("ModelInfer", request("shared", x)), xs))
         for x, answer in zip(xs, answers, strict=True):
             np.testing.assert_allclose(values_of(answer), offline(modules["shared"], x), atol=1e-5)
-        assert (loop in ran) == here == (model.batcher.limits.inline_rows > 0)
+        assert (loop in ran) == here == (bool(model.batcher.limits.inline))
 
 
 def test_a_program_whose_time_depends_on_values_runs_in_the_thread(repository, tmp_path):
@@ -68,5 +68,5 @@ def test_a_program_whose_time_depends_on_values_runs_in_the_thread(repository, t
     onnx.save(model, path)
     entry = file_entry(path).model_dump()
     tiny.edit_manifest(path.parent, lambda manifest: manifest["files"].update({path.name: entry}))
-    assert load(repository / "shared" / "1", ModelSettings(engine="onnx"), 1).inline_rows[0] > 0
-    assert load(path.parent, ModelSettings(engine="onnx"), 1).inline_rows == (0, 0)
+    assert load(repository / "shared" / "1", ModelSettings(engine="onnx"), 1).inline.takes(1, 1, 0)
+    assert not load(path.parent, ModelSettings(engine="onnx"), 1).inline

@@ -85,10 +85,10 @@ class Batcher:
         apart = self._draining or self._limits.preferred or len(self._forwards) > 1
         return not apart and self._admission.fits(rows, size)
 
-    def runs_at_once(self, rows: int, requests: int) -> bool:
-        """Tell whether so many rows of so many requests, if queued now, run on the event loop in `run_now`."""
+    def runs_at_once(self, rows: int, requests: int, length: int) -> bool:
+        """Tell whether rows of so many requests, so long, if queued now, run on the event loop in `run_now`."""
         waits = self._held or self._queue.held.works or self._limits.max_delay or not self._forwards.free
-        return not waits and self._forwards.inline(rows, requests)
+        return not waits and self._forwards.inline(rows, requests, length)
 
     async def submit(self, works: Sequence[Work], terms: Terms = _NOW) -> list[Answer]:
         """Queue the works of one request, all or none, and return their answers in order.
@@ -262,7 +262,7 @@ class Batcher:
             and not (self._hurried or self._limits.max_delay)
             and held.rows < self._limits.max_batch
             and self._patience.here
-            and self._forwards.inline(held.rows, held.requests)
+            and self._forwards.inline(held.rows, held.requests, self._queue.longest)
             and self._patience.lasts(oldest.arrived)
         )
 
