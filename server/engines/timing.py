@@ -28,6 +28,8 @@ _WARM: Final = 3
 _HOPELESS: Final = 5.0
 _CROWDED: Final = 1.2
 _LONG: Final = 0.001
+_SHARED: Final = 1.15
+"""How much longer several threads work on a batch together than one does alone, at most."""
 _OTHERS: Final = 2
 """What the processors' time is worth to others, against a batch's own duration: while it runs, the event loop answers
 the last one and reads the next, and threads that share a forward wait for each other longer the busier it is."""
@@ -140,12 +142,17 @@ def _costs(readings: Mapping[Candidate, list[Instant]], others: float) -> dict[C
 
     The least duration counts, since whatever else runs only ever adds. On a machine that is busy, which shows where
     one thread takes longer than its processor's time, no run that is long is left alone, and several threads find no
-    free processors; there the processors' time, evenly spread, is taken for the duration.
+    free processors; there the processors' time, evenly spread, is taken for the duration. Threads that wait for each
+    other in vain spin meanwhile, which is no work: what one alone works tells how much that is at most.
     """
     typical = {candidate: statistics.median(one.cpu for one in taken) for candidate, taken in readings.items()}
     alone = [one.wall / one.cpu for c, taken in readings.items() if c.threads == 1 for one in taken if one.cpu > 0]
     several = any(candidate.threads > 1 for candidate in readings)
     busy = several and bool(alone) and statistics.median(alone) > _CROWDED and min(typical.values()) > _LONG
+    if busy:
+        for candidate, cpu in typical.items():
+            one = typical.get(candidate._replace(threads=1), math.inf)
+            typical[candidate] = min(cpu, _SHARED * one)
     return {
         candidate: (cpu / candidate.threads if busy else _least(readings[candidate])) + others * cpu
         for candidate, cpu in typical.items()
