@@ -9,11 +9,13 @@ _LIMIT: Final = 0.00075
 Python's lock; nothing else is answered while a forward runs inline,"""
 _LIMIT_A_REQUEST: Final = 0.0001
 """but that is so while requests are read and answered too, each of which takes as long as this."""
+_LONGEST: Final = 0.0025
+"""Other models' requests wait that long at most, whatever it costs to answer those that are in the batch."""
 
 
 def limit(requests: int) -> float:
     """Return the seconds that a forward of so many requests of one row may take on the loop; of 0, of any rows."""
-    return _LIMIT + requests * _LIMIT_A_REQUEST
+    return min(_LIMIT + requests * _LIMIT_A_REQUEST, _LONGEST)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ class Batcher:
         self._next_look: asyncio.Handle | None = None
         self._delay_over: asyncio.TimerHandle | None = None
         self._patience = Patience(limits.together)
-        self._held = self._draining = self._closed = self._hurried = False
+        self._held = self._draining = self._closed = self._hurried = self._has_let_others = False
         self._settled = asyncio.Event()
 
     @property
@@ -234,9 +234,10 @@ class Batcher:
         self._forget_looks()
         self._patience.passed()
         while self._forwards.free and not self._held:
-            if not here and self._more_may_come():
+            if not here and (self._more_may_come() or self._lets_others()):
                 self._look_soon()
                 return
+            self._has_let_others = False
             now = time.perf_counter_ns()
             gathered = gather(self._queue, self._limits, self._pace, now, self._hurried, self._forwards.free)
             for work in gathered.dropped:
@@ -265,6 +266,14 @@ class Batcher:
             and self._forwards.inline(held.rows, held.requests, self._queue.longest)
             and self._patience.lasts(oldest.arrived)
         )
+
+    def _lets_others(self) -> bool:
+        """Whether to leave a pass of the loop to models with less to do, before rows hold it up that take longer."""
+        held = self._queue.held
+        if self._has_let_others or not self._forwards.holds_up(held.rows, held.requests, self._queue.longest):
+            return False
+        self._has_let_others = True
+        return True
 
     def _start(self, batch: Batch, now: int, here: bool) -> bool:
         """Run a batch that was taken from the queue; tell whether it has ended."""

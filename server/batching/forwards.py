@@ -88,6 +88,10 @@ class Forwards:
             not self._wary_until or time.perf_counter_ns() >= self._wary_until
         )
 
+    def holds_up(self, rows: int, requests: int, length: int) -> bool:
+        """Tell whether that would take longer than anything but what answers so many requests may take."""
+        return self.inline(rows, requests, length) and not self._inline.takes(rows, 0, length)
+
     def start(self, batch: Batch, here: bool) -> bool:
         """Run `batch` on a free instance; tell whether it has ended, which is so when it ran on the event loop.
 
