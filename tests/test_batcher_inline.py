@@ -11,7 +11,7 @@ import pytest
 from batching import ask, asking, batching, negate, picky, work
 
 from layercast.server.batching import forwards, patience
-from layercast.server.inline import up_to
+from layercast.server.inline import Inline, up_to
 from layercast.server.work import Rows, Tap, Work
 
 
@@ -57,6 +57,62 @@ async def test_more_rows_run_on_the_loop_when_they_are_requests_of_one_row():
         assert await ask(batcher, 1, 2, 3, 4) == [-1, -2, -3, -4]
         await asyncio.gather(*(asking(batcher, value) for value in range(5)))
         assert engine.ran == [(True, 4), (False, 1), (False, 5)]
+
+
+BY_LENGTH = Inline(((2, 4), (1, 2)), (16, 32))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "here"),
+    [
+        ([16] * 4, True), ([17] * 2, True), ([32, 8], True), ([33], False), ([16] * 5, False), ([8, 8, 17], False),
+    ],
+)  # fmt: skip
+async def test_the_longest_of_a_batch_says_how_many_run_on_the_loop(lengths, here):
+    engine = Where()
+    async with batching(engine, inline=BY_LENGTH) as (batcher, _):
+        works = [work(batcher, value) for value in range(len(lengths))]
+        for one, length in zip(works, lengths, strict=True):
+            one.length = length
+        await asyncio.gather(*(batcher.submit([one]) for one in works))
+        assert engine.ran == [(here, len(lengths))]
+
+
+async def test_many_requests_of_one_row_are_run_in_batches_that_the_loop_may_wait_for():
+    engine = Where()
+    async with batching(engine, max_batch=64, inline=up_to(1, 16), together=True) as (batcher, _):
+        assert await asyncio.gather(*(asking(batcher, value) for value in range(40))) == [[-v] for v in range(40)]
+        assert engine.ran == [(True, 16), (True, 16), (True, 8)]
+        await ask(batcher, *range(40))
+        assert engine.ran[3:] == [(False, 1)]
+
+
+async def test_few_on_the_loop_are_no_reason_to_make_batches_smaller():
+    engine = Where()
+    async with batching(engine, max_batch=64, inline=up_to(1, 8), together=True) as (batcher, _):
+        await asyncio.gather(*(asking(batcher, value) for value in range(40)))
+        assert engine.ran == [(False, 40)]
+
+
+async def test_a_model_with_less_to_do_runs_before_a_batch_that_takes_longer():
+    order: list[str] = []
+
+    def noted(name: str):
+        def run(works: Sequence[Work]) -> list[Rows]:
+            order.append(name)
+            return negate(works)
+
+        return run
+
+    async with (
+        batching(noted("long"), inline=up_to(1, 8), together=True) as (long, _),
+        batching(noted("short"), inline=up_to(1, 8), together=True) as (short, _),
+    ):
+        many = [asking(long, value) for value in range(4)]
+        await asyncio.sleep(0)
+        assert long.queued_rows == 4
+        await asyncio.gather(*many, asking(short, 1))
+        assert order == ["short", "long"]
 
 
 async def test_without_limits_for_it_nothing_runs_on_the_loop():
@@ -154,6 +210,19 @@ async def test_one_forward_that_keeps_the_loop_for_long_is_enough(clock):
 
 async def test_a_forward_that_fails_after_a_while_counts_as_well(clock):
     assert await inline_of(clock, [21, 0], fails=True) == [True, False]
+
+
+async def test_more_requests_may_take_longer(clock):
+    def engine(works: Sequence[Work]) -> list[Rows]:
+        clock[0] += 4_000_000
+        ran.append(threading.current_thread() is threading.main_thread())
+        return negate(works)
+
+    ran: list[bool] = []
+    async with batching(engine, inline=up_to(8)) as (batcher, _):
+        for _ in range(4):
+            await asyncio.gather(*(asking(batcher, value) for value in range(8)))
+    assert ran == [True] * 4
 
 
 async def test_a_batcher_that_runs_on_the_loop_drains_and_closes():

@@ -24,6 +24,8 @@ from layercast.server.work import Answer, Course, Terms, Work
 
 _NOW = Terms()
 _CLOSE_SECONDS = 5.0
+_PASSES = 3
+"""Of the event loop, in which a request that has come is read, queued, and looked at."""
 
 
 class Batcher:
@@ -53,7 +55,8 @@ class Batcher:
         self._next_look: asyncio.Handle | None = None
         self._delay_over: asyncio.TimerHandle | None = None
         self._patience = Patience(limits.together)
-        self._held = self._draining = self._closed = self._hurried = self._has_let_others = False
+        self._held = self._draining = self._closed = self._hurried = False
+        self._passes_left = _PASSES
         self._settled = asyncio.Event()
 
     @property
@@ -237,7 +240,7 @@ class Batcher:
             if not here and (self._more_may_come() or self._lets_others()):
                 self._look_soon()
                 return
-            self._has_let_others = False
+            self._passes_left = _PASSES
             now = time.perf_counter_ns()
             gathered = gather(self._queue, self._limits, self._pace, now, self._hurried, self._forwards.free)
             for work in gathered.dropped:
@@ -268,11 +271,11 @@ class Batcher:
         )
 
     def _lets_others(self) -> bool:
-        """Whether to leave a pass of the loop to models with less to do, before rows hold it up that take longer."""
+        """Whether to leave the loop's next pass to models with less to do, before rows hold it up that take longer."""
         held = self._queue.held
-        if self._has_let_others or not self._forwards.holds_up(held.rows, held.requests, self._queue.longest):
+        if not self._passes_left or not self._forwards.holds_up(held.rows, held.requests, self._queue.longest):
             return False
-        self._has_let_others = True
+        self._passes_left -= 1
         return True
 
     def _start(self, batch: Batch, now: int, here: bool) -> bool:
