@@ -9,7 +9,7 @@ _LIMIT: Final = 0.00075
 Python's lock; nothing else is answered while a forward runs inline,"""
 _LIMIT_A_REQUEST: Final = 0.0001
 """but that is so while requests are read and answered too, each of which takes as long as this."""
-_LONGEST: Final = 0.0034
+_LONGEST: Final = 0.0025
 """Other models' requests wait that long at most, whatever it costs to answer those that are in the batch."""
 
 MANY: Final = 16
