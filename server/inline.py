@@ -12,9 +12,6 @@ _LIMIT_A_REQUEST: Final = 0.0001
 _LONGEST: Final = 0.0025
 """Other models' requests wait that long at most, whatever it costs to answer those that are in the batch."""
 
-MANY: Final = 16
-"""Requests of one row whose forward, together, costs each little more than among more of them."""
-
 
 def limit(requests: int) -> float:
     """Return the seconds that a forward of so many requests of one row may take on the loop; of 0, of any rows."""
@@ -43,12 +40,6 @@ class Inline:
             return False
         whole, single = self.rows[at]
         return rows <= (single if rows == requests else whole)
-
-    def most(self, length: int) -> int:
-        """Return how many requests of one row and this length run together here rather than more in a thread; or 0."""
-        at = bisect_left(self.lengths, length) if self.lengths else 0
-        single = self.rows[at][1] if at < len(self.rows) else 0
-        return single if single >= MANY else 0
 
 
 NOWHERE: Final = Inline()

@@ -178,12 +178,6 @@ class ServedModel:
         """Tell whether plain requests of one group, of so many rows and bytes, may be queued as one work."""
         return self._batching and rows <= self.loaded.settings.max_batch and self.batcher.takes_together(rows, size)
 
-    def most_together(self, rows: int, length: int) -> int:
-        """Return how many plain requests of so many rows each, of this length, are best queued as one work."""
-        most = self.loaded.settings.max_batch // rows
-        inline = self.batcher.limits.inline
-        return min(most, inline.most(length) or most) if rows == 1 and inline else most
-
     def enqueue(
         self,
         inputs: Mapping[str, Array],

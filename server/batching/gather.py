@@ -6,7 +6,6 @@ from typing import NamedTuple
 from layercast.server.batching.pace import Pace
 from layercast.server.batching.policy import Limits, Reason
 from layercast.server.batching.queue import Queue
-from layercast.server.inline import Inline
 from layercast.server.work import Work
 
 
@@ -50,8 +49,6 @@ def gather(queue: Queue, limits: Limits, pace: Pace, now: int, draining: bool, f
             if batch:
                 if free > 1 and (draining or lead.arrived <= until) and not limits.preferred:
                     batch = _share(batch, queue.group_rows(lead.key), free)
-                if limits.inline and limits.together:
-                    batch = _short(batch, limits.inline)
                 queue.take(batch.works)
                 return Gathered(batch, dropped)
         else:
@@ -85,19 +82,6 @@ def _share(found: Batch, waiting: int, free: int) -> Batch:
         rows += work.rows
         if rows >= part:
             return found if rows == found.rows else Batch(found.works[:count], rows, "idle")
-    return found
-
-
-def _short(found: Batch, inline: Inline) -> Batch:
-    """Return what of plain requests of one row runs on the event loop, which reads others' while these are answered."""
-    most = inline.most(max(work.length for work in found.works))
-    if not most or found.rows <= most or any(w.taps or w.edits or w.requests < w.rows for w in found.works):
-        return found
-    rows = 0
-    for count, work in enumerate(found.works):
-        rows += work.rows
-        if rows > most:
-            return Batch(found.works[:count], rows - work.rows, "idle") if count else found
     return found
 
 

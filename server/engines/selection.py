@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 import torch
@@ -24,10 +24,12 @@ from layercast.server.engines.onnx import OnnxEngine
 from layercast.server.engines.programs import ProgramEngine
 from layercast.server.engines.remembered import Remembered
 from layercast.server.engines.source import Source
-from layercast.server.inline import MANY
 from layercast.server.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
+
+_MANY: Final = 16
+"""Requests of one row that the event loop runs together, if it is to run a model that several instances might."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _several(source: Source, engines: Engines, one: Choice, costs: timing.Costs,
     single, batch = engines.chosen(one, manifest), Batches(manifest, recorded).make
     shortest = lengths_of(manifest.inputs)[:1]
     inline = inline_of(single, source.directory, manifest, batch, buckets.rows, shortest)
-    if inline.takes(enough := min(MANY, buckets.rows[-1]), enough, shortest[0] if shortest else 0):
+    if inline.takes(enough := min(_MANY, buckets.rows[-1]), enough, shortest[0] if shortest else 0):
         return None  # its batches run on the event loop, which several instances would have to be handed
     alone = [candidate for candidate in engines.fast if candidate.threads == 1]
     several = replace(timing.choose(alone, buckets, costs), instances=count)

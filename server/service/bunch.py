@@ -31,7 +31,7 @@ def bunches(requests: Iterable[Asked[C]]) -> Iterator[list[Asked[C]]]:
             bunch = []
         if not bunch:
             form = asked.known.form
-            most = min(asked.known.model.most_together(form.rows, form.length), LARGE // max(1, sum(form.sizes)))
+            most = min(asked.known.model.loaded.settings.max_batch // form.rows, LARGE // max(1, sum(form.sizes)))
         bunch.append(asked)
     if bunch:
         yield bunch
