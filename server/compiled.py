@@ -16,6 +16,7 @@ PACKAGES: Final = ("proto", "models", "client", "server")
 """What the compiler reads: it takes types and constants from every module that one of `MODULES` imports."""
 
 MODULES: Final = (
+    "server.inline",
     "server.work",
     "server.batching.admission",
     "server.batching.batcher",
@@ -41,7 +42,8 @@ MODULES: Final = (
     "server.transport.direct.sending",
 )
 """Two thirds of the time of a small request, and nothing that mypyc understands otherwise than Python does: it keeps no
-identity of tuples (`transport.direct.heads` asks for it), and has no async generators (`transport.rpc_call`)."""
+identity of tuples (`transport.direct.heads` asks for it), and has no async generators (`transport.rpc_call`). A field
+`_name` becomes `__name` in C, where it must not be a word of the language: no `_inline`, no `_thread`."""
 
 _ROOT: Final = "layercast"
 

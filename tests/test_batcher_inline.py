@@ -78,20 +78,12 @@ async def test_the_longest_of_a_batch_says_how_many_run_on_the_loop(lengths, her
         assert engine.ran == [(here, len(lengths))]
 
 
-async def test_many_requests_of_one_row_are_run_in_batches_that_the_loop_may_wait_for():
+async def test_more_requests_of_one_row_than_the_loop_may_wait_for_run_in_the_thread_all_together():
     engine = Where()
     async with batching(engine, max_batch=64, inline=up_to(1, 16), together=True) as (batcher, _):
         assert await asyncio.gather(*(asking(batcher, value) for value in range(40))) == [[-v] for v in range(40)]
-        assert engine.ran == [(True, 16), (True, 16), (True, 8)]
-        await ask(batcher, *range(40))
-        assert engine.ran[3:] == [(False, 1)]
-
-
-async def test_few_on_the_loop_are_no_reason_to_make_batches_smaller():
-    engine = Where()
-    async with batching(engine, max_batch=64, inline=up_to(1, 8), together=True) as (batcher, _):
-        await asyncio.gather(*(asking(batcher, value) for value in range(40)))
-        assert engine.ran == [(False, 40)]
+        await asyncio.gather(*(asking(batcher, value) for value in range(16)))
+        assert engine.ran == [(False, 40), (True, 16)]
 
 
 async def test_a_model_with_less_to_do_runs_before_a_batch_that_takes_longer():

@@ -58,7 +58,7 @@ class Forwards:
     ) -> None:
         self.running: set[Work] = set()
         self._name = name
-        self._inline = limits.inline
+        self._on_loop = limits.inline
         self._answer = answer
         self._fail = fail
         self._freed = freed
@@ -84,13 +84,13 @@ class Forwards:
 
     def inline(self, rows: int, requests: int, length: int) -> bool:
         """Tell whether a plain forward of so many rows of so many requests, so long, would run on the loop now."""
-        return self._inline.takes(rows, requests, length) and (
+        return self._on_loop.takes(rows, requests, length) and (
             not self._wary_until or time.perf_counter_ns() >= self._wary_until
         )
 
     def holds_up(self, rows: int, requests: int, length: int) -> bool:
         """Tell whether that would take longer than anything but what answers so many requests may take."""
-        return self.inline(rows, requests, length) and not self._inline.takes(rows, 0, length)
+        return self.inline(rows, requests, length) and not self._on_loop.takes(rows, 0, length)
 
     def start(self, batch: Batch, here: bool) -> bool:
         """Run `batch` on a free instance; tell whether it has ended, which is so when it ran on the event loop.
@@ -100,7 +100,7 @@ class Forwards:
         instance, works = self._free.pop(), batch.works
         self.running.update(works)
         requests = sum(work.requests for work in works) if here else 0
-        length = max(work.length for work in works) if self._inline.lengths else 0
+        length = max(work.length for work in works) if self._on_loop.lengths else 0
         short = here and self.inline(batch.rows, requests, length)
         if not short or any(work.taps or work.edits for work in works):
             instance.start(works, partial(self._ran, instance, batch))
