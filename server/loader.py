@@ -77,11 +77,12 @@ def load(
     readers = _readers(source, manifest, settings, choice, every, recorded)
     manifest, note = _shown(source, manifest, first.eager, readers[0], recorded)
     for candidate in choice.used:
-        _warm_up([engines.fast[candidate] for engines in every], recorded, settings.max_batch)
+        _warm_up([engines.fast[candidate] for engines in every], recorded, settings.max_batch, own)
     runners = tuple(
         Runner(manifest, engines.chosen(choice, manifest), engines.eager, taps)
         for engines, taps in zip(every, readers, strict=True)
     )
+    alone = _alone(first, choice, manifest, recorded, settings)
     one_row = golden_rows(recorded, 1)
     warmup_ms = statistics.median(durations(runners[0].fast.run, one_row, _TIMED_RUNS)) * 1000
     with _told(directory):
@@ -89,7 +90,7 @@ def load(
     memory.release()  # of what was read, and of engines that run nothing
     seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
     copies = 1 if _shares(source) else len(runners)
-    return Loaded(manifest, settings, runners, own, seconds, warmup_ms, note, str(choice), inline, cards, copies)
+    return Loaded(manifest, settings, runners, own, seconds, warmup_ms, note, str(choice), inline, cards, copies, alone)
 
 
 def _every(
@@ -105,6 +106,17 @@ def _every(
     return every
 
 
+def _alone(
+    engines: Engines, choice: Choice, manifest: Manifest, recorded: Golden, settings: ModelSettings
+) -> Runner | None:
+    """Return what runs lone batches of plain predictions, if not an instance."""
+    if choice.alone is None:
+        return None
+    for candidate in choice.alone.used:
+        _warm_up([engines.fast[candidate]], recorded, settings.max_batch, choice.instances)
+    return Runner(manifest, engines.chosen(choice.alone, manifest), None, None)
+
+
 def _readers(
     source: Source,
     manifest: Manifest,
@@ -117,7 +129,9 @@ def _readers(
     # A part of the program would give layers in float32.
     asked = "eager" if settings.precision == "bf16" else settings.engine
     # A part of the program computes as the whole does: with as many threads as that was measured to be worth.
-    threads = next((candidate.threads for candidate in choice.used if candidate.engine == "onnx"), source.threads)
+    import os
+    which = choice if os.environ.get("ONEPART") else (choice.alone or choice)
+    threads = next((candidate.threads for candidate in which.used if candidate.engine == "onnx"), source.threads)
     program = tapping.program(source.directory, manifest, source.device, threads, asked)
     return tapping.readers([engines.eager for engines in every], program, recorded)
 
@@ -168,12 +182,12 @@ def choose_devices(name: str, instances: int) -> list[torch.device]:
     return [torch.device("cuda", int(number))] * instances
 
 
-def _warm_up(instances: Sequence[Engine], recorded: Golden, rows: int) -> None:
+def _warm_up(instances: Sequence[Engine], recorded: Golden, rows: int, threads: int) -> None:
     """Run the largest batch once on all at the same time: memory is taken now, or seen not to be there."""
     times = f", {len(instances)} times at once," if len(instances) > 1 else ""
     text = f"{rows} rows, which are max_batch, take{times} more memory than there is; set a lower max_batch"
-    inputs, own = golden_rows(recorded, rows), torch.get_num_threads()
-    with ThreadPoolExecutor(len(instances), "layercast-warm", processors.prepare, (own,)) as pool:
+    inputs = golden_rows(recorded, rows)
+    with ThreadPoolExecutor(len(instances), "layercast-warm", processors.prepare, (threads,)) as pool:
         runs = [pool.submit(memory.within, partial(engine.run, inputs), lambda: text) for engine in instances]
     try:
         for run in runs:

@@ -32,7 +32,7 @@ class Loaded:
     """A version that was loaded, checked and warmed up.
 
     `runners` are its instances, with so many `copies` of the weights between them; each computes with `threads`
-    threads. `warmup_ms` is one warm forward of one row, `note` what an operator should know of a version that answers,
+    threads. `alone`, if any, runs with all of them a batch beside which nothing runs. `warmup_ms` is one warm forward of one row, `note` what an operator should know of a version that answers,
     `engines` which engine runs which batch of plain predictions, and in how many instances, `inline_rows` how many rows
     run sooner than they could be handed to a thread: of any requests, and of requests of one row. `cards` is the CUDA
     device of each instance, if they run on any.
@@ -49,6 +49,7 @@ class Loaded:
     inline_rows: tuple[int, int] = (0, 0)
     cards: tuple[int, ...] = ()
     copies: int = 1
+    alone: Runner | None = None
 
     @property
     def runner(self) -> Runner:
@@ -114,10 +115,13 @@ class ServedModel:
             runner.on_tapped = partial(_told, loop, monitor.read_by)
             if isinstance(runner.taps, TappedEngine):
                 runner.taps.on_stopped = partial(_told, loop, monitor.stopped_early)
-        places = processors.Places(loaded.threads, 1 if loaded.cards else len(loaded.runners))
+        threads = loaded.threads
+        prepare = processors.Places(threads, len(loaded.runners)).take
+        if loaded.cards:
+            prepare = lambda at: processors.prepare(threads)
         limits = replace(loaded.limits, together=together)
         self.gathers = self._batching and limits.gathers
-        self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, places.take)
+        self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, prepare, loaded.alone)
         self.streams = OpenStreams(self.manifest.name, loaded.limits.queue_bytes, monitor)
 
     def hold(self, many: int = 1) -> None:

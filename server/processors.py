@@ -44,8 +44,12 @@ class Places:
         self._first = next(_models)
 
     def take(self, at: int) -> None:
-        """Let the calling thread, that of the instance number `at`, compute on its own processors."""
-        prepare(self._threads)
+        """Let the calling thread, that of the instance number `at`, compute on its own processors.
+
+        The one after the last computes what runs alone: on all of them.
+        """
+        prepare(self._threads * (1 if at < self._instances else self._instances))
+        _yield_to_others()
         if own := self.share(at):
             with suppress(OSError):  # forbidden here: it runs on all
                 os.sched_setaffinity(0, own)
@@ -57,10 +61,19 @@ class Places:
         another.
         """
         threads, many = self._threads, self._instances
-        if many == 1 or cpu_budget() < len(_ALL) or threads * many != len(_ALL):
+        if many == 1 or at >= many or cpu_budget() < len(_ALL) or threads * many != len(_ALL):
             return set()
         begin = (self._first + at) % many * threads
         return set(_ALL[begin : begin + threads])
+
+
+def _yield_to_others() -> None:
+    """Let the calling thread, when it wakes, wait for its turn: the event loop, which it would put aside, is soon done.
+
+    It keeps its fair share of the processors, unlike with a lower priority.
+    """
+    with suppress(AttributeError, OSError):  # only Linux has it, and it may be forbidden
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def on_all() -> None:

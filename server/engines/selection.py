@@ -87,8 +87,8 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
         return only, Engines.load(source, candidates, recorded, buckets)
     kept = Remembered(folder, manifest, source.device, candidates, buckets, settings)
     if known := kept.read():
-        engines = Engines.load(source, known.used, recorded, buckets)
-        if engines.fast.keys() == set(known.used):
+        engines = Engines.load(source, known.loaded, recorded, buckets)
+        if engines.fast.keys() == set(known.loaded):
             logger.info("%s: %s, as measured before", manifest.name, known)
             return known, engines
     engines = Engines.load(source, candidates, recorded, buckets)
@@ -103,7 +103,7 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
     tried = ", ".join(map(str, runs))
     logger.info("%s: %s; measured %s in %.1f s", manifest.name, choice, tried, time.perf_counter() - began)
     # What runs nothing leaves memory; layers need the eager one.
-    used = {candidate: engines.fast[candidate] for candidate in choice.used}
+    used = {candidate: engines.fast[candidate] for candidate in choice.loaded}
     if engines.eager and engines.eager not in used.values():
         engines.eager.forget_graphs()
     return choice, Engines(used, engines.eager)
@@ -117,17 +117,42 @@ def _several(source: Source, engines: Engines, one: Choice, costs: timing.Costs,
     single = engines.chosen(one, manifest)
     if any(inline_rows(single, source.directory, manifest, golden_rows(recorded, 1), buckets.rows[-1])):
         return None  # its small batches run on the event loop, which several instances would have to be handed
-    alone = [candidate for candidate in engines.fast if candidate.threads == 1]
-    several = replace(timing.choose(alone, buckets, costs), instances=count)
-    team = instances.Team(count)
+    single_threaded = [candidate for candidate in engines.fast if candidate.threads == 1]
+    several = replace(timing.choose(single_threaded, buckets, costs), instances=count)
+    team, batch = instances.Team(count), _Batches(manifest, recorded).make
     try:
-        batch, run = _Batches(manifest, recorded).make, engines.chosen(several, manifest).run
+        run = engines.chosen(several, manifest).run
         gain = instances.gain(single.run, run, team, count, batch, buckets)
     finally:
         team.close()
         torch.set_num_threads(count)  # new threads are given what was set last anywhere
     logger.info("%s: %d instances of one thread answer %.2f times as much as one", manifest.name, count, gain)
-    return several if gain > instances.WORTH else None
+    if gain <= instances.WORTH:
+        return None
+    return replace(several, alone=_alone(engines, several, manifest, costs, batch))
+
+
+def _alone(
+    engines: Engines, several: Choice, manifest: Manifest, costs: timing.Costs, batch: timing.Batch
+) -> Choice | None:
+    """Return the choice for a batch beside which nothing runs where that is clearly faster than as `several` says.
+
+    It may come while any instance still runs layers, so the engine is one that keeps nothing in a forward.
+    """
+    shared = [candidate for candidate, engine in engines.fast.items() if _is_stateless(engine)]
+    if not shared:
+        return None
+    alone = timing.choose(shared, several.buckets, costs)
+    sizes = [
+        (length, rows, mine != other)
+        for length, own, others in zip(several.buckets.lengths, alone.cells, several.cells, strict=True)
+        for rows, mine, other in zip(several.buckets.rows, own, others, strict=True)
+    ]
+    part = instances.part(
+        engines.chosen(alone, manifest).run, engines.chosen(several, manifest).run, batch, sizes
+    )
+    logger.info("%s: alone, a batch takes %.2f of the time on %s", manifest.name, part, alone)
+    return alone if part <= instances.SHORTER else None
 
 
 def golden_rows(recorded: Golden, rows: int) -> Inputs:
