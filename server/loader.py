@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -68,72 +68,85 @@ def load(
         recorded = golden(directory, manifest)
         choice, first = select(source, settings, recorded, choices)
         manifest.verify_files(directory)  # what was loaded was verified as it was read
-        if choice.instances > asked:
-            own, devices = 1, devices * choice.instances
+        whole, many = source, choice.instances
+        if many > asked:
+            own, devices = 1, devices * many
             source = replace(source, threads=own)
             torch.set_num_threads(own)
-        every = _every(source, first, choice, recorded, devices)
+        every = _instances(source, first, choice, recorded, devices)
+        if choice.alone:
+            every.append(_Instance(whole, choice.alone, first.twin(whole, choice.alone.used, recorded)))
     manifest = restricted(manifest, settings)  # first: nothing is compiled for layers that nobody may ask for
-    readers = _readers(source, manifest, settings, choice, every, recorded)
+    readers = _readers(manifest, settings, every, recorded)
     manifest, note = _shown(source, manifest, first.eager, readers[0], recorded)
-    for candidate in choice.used:
-        _warm_up([engines.fast[candidate] for engines in every], recorded, settings.max_batch, own)
+    for like in filter(None, (every[:many], every[many:])):
+        for candidate in like[0].choice.used:
+            _warm_up([each.engines.fast[candidate] for each in like], recorded, settings.max_batch, like[0].threads)
     runners = tuple(
-        Runner(manifest, engines.chosen(choice, manifest), engines.eager, taps)
-        for engines, taps in zip(every, readers, strict=True)
+        Runner(manifest, each.engines.chosen(each.choice, manifest), each.engines.eager, taps)
+        for each, taps in zip(every, readers, strict=True)
     )
-    alone = _alone(first, choice, manifest, recorded, settings)
     one_row = golden_rows(recorded, 1)
     warmup_ms = statistics.median(durations(runners[0].fast.run, one_row, _TIMED_RUNS)) * 1000
     with _told(directory):
         inline = inline_rows(runners[0].fast, directory, manifest, one_row, settings.max_batch)
     memory.release()  # of what was read, and of engines that run nothing
     seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
-    copies = 1 if _shares(source) else len(runners)
-    return Loaded(manifest, settings, runners, own, seconds, warmup_ms, note, str(choice), inline, cards, copies, alone)
+    return Loaded(
+        manifest,
+        settings,
+        runners[:many],
+        own,
+        seconds,
+        warmup_ms,
+        note,
+        str(choice),
+        inline,
+        cards,
+        copies=1 if _shares(source) else many,
+        alone=next(iter(runners[many:]), None),
+    )
 
 
-def _every(
+class _Instance(NamedTuple):
+    """What an instance loads from and computes with, and which of its engines runs which batch."""
+
+    source: Source
+    choice: Choice
+    engines: Engines
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute a batch at most."""
+        return self.source.threads
+
+
+def _instances(
     source: Source, first: Engines, choice: Choice, recorded: Golden, devices: Sequence[torch.device]
-) -> list[Engines]:
-    """Return the engines of each instance, of which the `first` is loaded."""
-    every = [first]
+) -> list[_Instance]:
+    """Return the instances, of which the engines of the `first` are loaded."""
+    every = [_Instance(source, choice, first)]
     for device in devices[1:]:
         if _shares(source):
-            every.append(first.twin(source, recorded))
+            engines = first.twin(source, choice.used, recorded)
         else:
-            every.append(Engines.load(replace(source, device=device), choice.used, recorded, choice.buckets))
+            engines = Engines.load(replace(source, device=device), choice.used, recorded, choice.buckets)
+        every.append(_Instance(source, choice, engines))
     return every
 
 
-def _alone(
-    engines: Engines, choice: Choice, manifest: Manifest, recorded: Golden, settings: ModelSettings
-) -> Runner | None:
-    """Return what runs lone batches of plain predictions, if not an instance."""
-    if choice.alone is None:
-        return None
-    for candidate in choice.alone.used:
-        _warm_up([engines.fast[candidate]], recorded, settings.max_batch, choice.instances)
-    return Runner(manifest, engines.chosen(choice.alone, manifest), None, None)
-
-
 def _readers(
-    source: Source,
-    manifest: Manifest,
-    settings: ModelSettings,
-    choice: Choice,
-    every: Sequence[Engines],
-    recorded: Golden,
+    manifest: Manifest, settings: ModelSettings, every: Sequence[_Instance], recorded: Golden
 ) -> list[Tapping | None]:
     """Return what reads the layers of `manifest` in each instance."""
     # A part of the program would give layers in float32.
     asked = "eager" if settings.precision == "bf16" else settings.engine
-    # A part of the program computes as the whole does: with as many threads as that was measured to be worth.
-    import os
-    which = choice if os.environ.get("ONEPART") else (choice.alone or choice)
-    threads = next((candidate.threads for candidate in which.used if candidate.engine == "onnx"), source.threads)
-    program = tapping.program(source.directory, manifest, source.device, threads, asked)
-    return tapping.readers([engines.eager for engines in every], program, recorded)
+    programs = []
+    for source, choice, _ in every:
+        # A part of the program computes as the whole does: with as many threads as that was measured to be worth.
+        threads = next((candidate.threads for candidate in choice.used if candidate.engine == "onnx"), source.threads)
+        programs.append(tapping.program(source.directory, manifest, source.device, threads, asked))
+    return tapping.readers([each.engines.eager for each in every], programs, recorded)
 
 
 def _shares(source: Source) -> bool:

@@ -32,9 +32,10 @@ class Loaded:
     """A version that was loaded, checked and warmed up.
 
     `runners` are its instances, with so many `copies` of the weights between them; each computes with `threads`
-    threads. `alone`, if any, runs with all of them a batch beside which nothing runs. `warmup_ms` is one warm forward of one row, `note` what an operator should know of a version that answers,
-    `engines` which engine runs which batch of plain predictions, and in how many instances, `inline_rows` how many rows
-    run sooner than they could be handed to a thread: of any requests, and of requests of one row. `cards` is the CUDA
+    threads. `alone`, if any, is one more, which computes with those of all a batch beside which nothing runs.
+    `warmup_ms` is one warm forward of one row, `note` what an operator should know of a version that answers, `engines`
+    which engine runs which batch of plain predictions, and in how many instances, `inline_rows` how many rows run
+    sooner than they could be handed to a thread: of any requests, and of requests of one row. `cards` is the CUDA
     device of each instance, if they run on any.
     """
 
@@ -107,21 +108,19 @@ class ServedModel:
         self._free = asyncio.Event()
         self._free.set()
         loop = asyncio.get_running_loop()
-        engines = [runner.eager for runner in loaded.runners if runner.eager]
+        every = [*loaded.runners, *filter(None, [loaded.alone])]
+        engines = [runner.eager for runner in every if runner.eager]
         for engine in engines:
             engine.on_stopped = partial(_told, loop, monitor.stopped_early)
         monitor.watch_hooks(partial(_hooks, [weakref.ref(engine) for engine in engines]))
-        for runner in loaded.runners:
+        for runner in every:
             runner.on_tapped = partial(_told, loop, monitor.read_by)
             if isinstance(runner.taps, TappedEngine):
                 runner.taps.on_stopped = partial(_told, loop, monitor.stopped_early)
-        threads = loaded.threads
-        prepare = processors.Places(threads, len(loaded.runners)).take
-        if loaded.cards:
-            prepare = lambda at: processors.prepare(threads)
+        places = processors.Places(loaded.threads, len(loaded.runners), bool(loaded.cards))
         limits = replace(loaded.limits, together=together)
         self.gathers = self._batching and limits.gathers
-        self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, prepare, loaded.alone)
+        self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, places.take, loaded.alone)
         self.streams = OpenStreams(self.manifest.name, loaded.limits.queue_bytes, monitor)
 
     def hold(self, many: int = 1) -> None:

@@ -35,21 +35,24 @@ class Places:
 
     The system may put two instances on one processor, with the event loop or alone, while another is idle, and leave
     them there for milliseconds: a fifth of the processors' time was lost so. Each model begins with another processor,
-    since of each the first instance is the busiest.
+    since of each the first instance is the busiest. Instances on `cards` have no processors of their own.
     """
 
-    def __init__(self, threads: int, instances: int) -> None:
+    def __init__(self, threads: int, instances: int, cards: bool = False) -> None:
         self._threads = threads
         self._instances = instances
+        self._cards = cards
         self._first = next(_models)
 
     def take(self, at: int) -> None:
         """Let the calling thread, that of the instance number `at`, compute on its own processors.
 
-        The one after the last computes what runs alone: on all of them.
+        The one after the last computes what runs alone: on those of all.
         """
         prepare(self._threads * (1 if at < self._instances else self._instances))
-        _yield_to_others()
+        if self._cards:
+            return
+        _wait_for_turns()
         if own := self.share(at):
             with suppress(OSError):  # forbidden here: it runs on all
                 os.sched_setaffinity(0, own)
@@ -67,13 +70,14 @@ class Places:
         return set(_ALL[begin : begin + threads])
 
 
-def _yield_to_others() -> None:
-    """Let the calling thread, when it wakes, wait for its turn: the event loop, which it would put aside, is soon done.
+def _wait_for_turns() -> None:
+    """Let the calling thread, when it wakes, put no other aside: the event loop, say, which is soon done.
 
-    It keeps its fair share of the processors, unlike with a lower priority.
+    Unlike one of lower priority it keeps its fair share of the processors.
     """
     with suppress(AttributeError, OSError):  # only Linux has it, and it may be forbidden
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def on_all() -> None:

@@ -41,8 +41,8 @@ class Forwards:
 
     `answer` is given what each forward gave, `fail` the works that get no answer, and why. `freed` is called when
     an instance can take the next batch, `over` when the works of one that ran in a thread are told. `limits` say which
-    batches run on the loop. `alone`, if given, runs in place of an instance a plain batch beside which nothing else of
-    the model runs or waits; its thread is prepared as the instance after the last.
+    batches run on the loop. `alone`, if given, runs in place of an instance a batch beside which nothing else of the
+    model runs or waits; its thread is prepared as that of the instance after the last.
     """
 
     def __init__(
@@ -101,10 +101,9 @@ class Forwards:
         instance, works = self._free.pop(), batch.works
         self.running.update(works)
         short = here and self.inline(batch.rows, sum(work.requests for work in works))
-        plain = not any(work.taps or work.edits for work in works)
-        if not (short and plain):
-            # Its instance is kept for it, so that no more batches run at the same time.
-            (alone if alone and plain else instance).start(works, partial(self._ran, instance, batch))
+        if not short or any(work.taps or work.edits for work in works):
+            # The instance in whose place another runs it stays taken: no more batches run at the same time than that.
+            (alone or instance).start(works, partial(self._ran, instance, batch))
             return False
         began = time.perf_counter_ns()
         ran, error = instance.run_here(works)

@@ -66,7 +66,7 @@ class Remembered:
         if not right or type(instances) is not int or not 1 <= instances <= MOST_INSTANCES:
             logger.warning("the engines chosen before are not those of this model and are timed again")
             return None
-        return Choice(self._buckets, cells, instances, alone and Choice(self._buckets, alone))
+        return Choice(self._buckets, cells, instances, Choice(self._buckets, alone) if alone else None)
 
     def write(self, choice: Choice, costs: Costs) -> None:
         """Keep `choice`, with what it rests on for whoever reads the file. That it can't be kept is only logged."""

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -49,8 +49,8 @@ class Engines:
             check_golden(engine, recorded, source.manifest, source.precision)
         return engines
 
-    def twin(self, source: Source, recorded: Golden) -> Self:
-        """Return engines for another instance on the host, each batch of which is computed by one thread.
+    def twin(self, source: Source, candidates: Sequence[Candidate], recorded: Golden) -> Self:
+        """Return the engines of these `candidates` for another instance on the host, all of which are here.
 
         Sessions and programs without a state run in several threads at once. A module is built anew, since hooks are
         put on it, and its forward may keep things; it shares the parameters.
@@ -58,11 +58,11 @@ class Engines:
         eager = source.eager()
         if eager and self.eager:
             eager.share_parameters(self.eager)
-        shared = {candidate: engine for candidate, engine in self.fast.items() if _is_stateless(engine)}
-        own = source.engines([candidate for candidate in self.fast if candidate not in shared], eager)
+        shared = {candidate: self.fast[candidate] for candidate in candidates if _is_stateless(self.fast[candidate])}
+        own = source.engines([candidate for candidate in candidates if candidate not in shared], eager)
         for engine in dict.fromkeys([eager, *own.values()] if eager else own.values()):
             check_golden(engine, recorded, source.manifest, source.precision)
-        return type(self)({candidate: (shared | own)[candidate] for candidate in self.fast}, eager)
+        return type(self)({candidate: (shared | own)[candidate] for candidate in candidates}, eager)
 
     def chosen(self, choice: Choice, manifest: Manifest) -> Engine:
         """Return the engine that runs every batch as `choice` says."""
@@ -129,28 +129,17 @@ def _several(source: Source, engines: Engines, one: Choice, costs: timing.Costs,
     logger.info("%s: %d instances of one thread answer %.2f times as much as one", manifest.name, count, gain)
     if gain <= instances.WORTH:
         return None
-    return replace(several, alone=_alone(engines, several, manifest, costs, batch))
+    return replace(several, alone=_alone(engines, one, several, manifest, batch))
 
 
-def _alone(
-    engines: Engines, several: Choice, manifest: Manifest, costs: timing.Costs, batch: timing.Batch
-) -> Choice | None:
-    """Return the choice for a batch beside which nothing runs where that is clearly faster than as `several` says.
-
-    It may come while any instance still runs layers, so the engine is one that keeps nothing in a forward.
-    """
-    shared = [candidate for candidate, engine in engines.fast.items() if _is_stateless(engine)]
-    if not shared:
-        return None
-    alone = timing.choose(shared, several.buckets, costs)
+def _alone(engines: Engines, alone: Choice, several: Choice, manifest: Manifest, batch: timing.Batch) -> Choice | None:
+    """Return the choice for a batch beside which nothing runs, where that is clearly faster than as `several` says."""
     sizes = [
         (length, rows, mine != other)
         for length, own, others in zip(several.buckets.lengths, alone.cells, several.cells, strict=True)
         for rows, mine, other in zip(several.buckets.rows, own, others, strict=True)
     ]
-    part = instances.part(
-        engines.chosen(alone, manifest).run, engines.chosen(several, manifest).run, batch, sizes
-    )
+    part = instances.part(engines.chosen(alone, manifest).run, engines.chosen(several, manifest).run, batch, sizes)
     logger.info("%s: alone, a batch takes %.2f of the time on %s", manifest.name, part, alone)
     return alone if part <= instances.SHORTER else None
 
