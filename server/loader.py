@@ -18,7 +18,7 @@ from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import Manifest
 from layercast.server import memory, processors, tapping
 from layercast.server.engines import cuda
-from layercast.server.engines.base import Engine, EngineError, Tapping
+from layercast.server.engines.base import EngineError, Tapping
 from layercast.server.engines.choice import Choice
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.selection import Engines, golden_rows, select
@@ -68,20 +68,16 @@ def load(
         recorded = golden(directory, manifest)
         choice, first = select(source, settings, recorded, choices)
         manifest.verify_files(directory)  # what was loaded was verified as it was read
-        whole, many = source, choice.instances
+        many = choice.instances
         if many > asked:
             own, devices = 1, devices * many
-            source = replace(source, threads=own)
             torch.set_num_threads(own)
-        every = _instances(source, first, choice, recorded, devices)
-        if choice.alone:
-            every.append(_Instance(whole, choice.alone, first.twin(whole, choice.alone.used, recorded)))
+        every = _instances(replace(source, threads=own), first, choice, recorded, devices)
     manifest = restricted(manifest, settings)  # first: nothing is compiled for layers that nobody may ask for
     readers = _readers(manifest, settings, every, recorded)
     manifest, note = _shown(source, manifest, first.eager, readers[0], recorded)
     for like in filter(None, (every[:many], every[many:])):
-        for candidate in like[0].choice.used:
-            _warm_up([each.engines.fast[candidate] for each in like], recorded, settings.max_batch, like[0].threads)
+        _warm_up(like, recorded, settings.max_batch)
     runners = tuple(
         Runner(manifest, each.engines.chosen(each.choice, manifest), each.engines.eager, taps)
         for each, taps in zip(every, readers, strict=True)
@@ -92,19 +88,9 @@ def load(
         inline = inline_rows(runners[0].fast, directory, manifest, one_row, settings.max_batch)
     memory.release()  # of what was read, and of engines that run nothing
     seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
+    copies, alone = 1 if _shares(every[0].source) else many, next(iter(runners[many:]), None)
     return Loaded(
-        manifest,
-        settings,
-        runners[:many],
-        own,
-        seconds,
-        warmup_ms,
-        note,
-        str(choice),
-        inline,
-        cards,
-        copies=1 if _shares(source) else many,
-        alone=next(iter(runners[many:]), None),
+        manifest, settings, runners[:many], own, seconds, warmup_ms, note, str(choice), inline, cards, copies, alone
     )
 
 
@@ -115,16 +101,11 @@ class _Instance(NamedTuple):
     choice: Choice
     engines: Engines
 
-    @property
-    def threads(self) -> int:
-        """How many threads compute a batch at most."""
-        return self.source.threads
-
 
 def _instances(
     source: Source, first: Engines, choice: Choice, recorded: Golden, devices: Sequence[torch.device]
 ) -> list[_Instance]:
-    """Return the instances, of which the engines of the `first` are loaded."""
+    """Return the instances, of which the engines of the `first` are loaded, and last that for lone batches, if any."""
     every = [_Instance(source, choice, first)]
     for device in devices[1:]:
         if _shares(source):
@@ -132,6 +113,9 @@ def _instances(
         else:
             engines = Engines.load(replace(source, device=device), choice.used, recorded, choice.buckets)
         every.append(_Instance(source, choice, engines))
+    if choice.alone:
+        whole = replace(source, threads=source.threads * len(devices))
+        every.append(_Instance(whole, choice.alone, first.twin(whole, choice.alone.used, recorded)))
     return every
 
 
@@ -195,18 +179,20 @@ def choose_devices(name: str, instances: int) -> list[torch.device]:
     return [torch.device("cuda", int(number))] * instances
 
 
-def _warm_up(instances: Sequence[Engine], recorded: Golden, rows: int, threads: int) -> None:
+def _warm_up(instances: Sequence[_Instance], recorded: Golden, rows: int) -> None:
     """Run the largest batch once on all at the same time: memory is taken now, or seen not to be there."""
     times = f", {len(instances)} times at once," if len(instances) > 1 else ""
     text = f"{rows} rows, which are max_batch, take{times} more memory than there is; set a lower max_batch"
-    inputs = golden_rows(recorded, rows)
-    with ThreadPoolExecutor(len(instances), "layercast-warm", processors.prepare, (threads,)) as pool:
-        runs = [pool.submit(memory.within, partial(engine.run, inputs), lambda: text) for engine in instances]
-    try:
-        for run in runs:
-            run.result()
-    except OutOfMemory as error:
-        raise LoadError(str(error)) from None
+    inputs, (source, choice, _) = golden_rows(recorded, rows), instances[0]
+    for candidate in choice.used:
+        with ThreadPoolExecutor(len(instances), "layercast-warm", processors.prepare, (source.threads,)) as pool:
+            engines = [each.engines.fast[candidate] for each in instances]
+            runs = [pool.submit(memory.within, partial(engine.run, inputs), lambda: text) for engine in engines]
+        try:
+            for run in runs:
+                run.result()
+        except OutOfMemory as error:
+            raise LoadError(str(error)) from None
 
 
 def _without_paths(text: str, directory: Path) -> str:

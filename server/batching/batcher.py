@@ -49,9 +49,8 @@ class Batcher:
         self._endings = Endings(observer)
         self._admission = Admission(name, limits, self._queue, self._endings, self._end)
         self._pace = Pace()
-        self._forwards = Forwards(
-            name, runs, prepare, limits, self._answer, self._fail, self._look, self._settle, alone
-        )
+        tell = self._answer, self._fail, self._look, self._settle
+        self._forwards = Forwards(name, runs, prepare, limits, *tell, alone)
         self._loop = asyncio.get_running_loop()
         self._next_look: asyncio.Handle | None = None
         self._delay_over: asyncio.TimerHandle | None = None
