@@ -26,7 +26,8 @@ _models: Final = itertools.count(os.getpid())
 
 def prepare(threads: int) -> None:
     """Let the calling thread compute with so many threads. See also `denormals_are_zero`."""
-    torch.set_num_threads(threads)  # each thread has its own number
+    torch.get_num_threads()  # a thread's first question, or forward, gives it the number that was set last anywhere
+    torch.set_num_threads(threads)  # from then on each thread has its own
     torch.set_flush_denormal(True)
 
 

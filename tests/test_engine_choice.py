@@ -40,12 +40,15 @@ def artefact(tmp_path_factory) -> Path:
 
 
 class Timed:
-    """Stands for the timing: tells what was tried, and chooses what the test says. Several instances gain `gain`."""
+    """Stands for the timing: tells what was tried, and chooses what the test says.
+
+    Several instances gain `gain`; a lone batch takes `part` of the time on all processors.
+    """
 
     def __init__(self, *chosen: Candidate) -> None:
         self.chosen = chosen
         self.tried: list[list[Candidate]] = []
-        self.gain, self.inline = 0.0, (0, 0)
+        self.gain, self.part, self.inline = 0.0, 1.0, (0, 0)
 
     def __call__(self, runs: Any, batch: Any, buckets: Buckets, processors: int) -> tuple[Choice, timing.Costs]:
         self.tried.append(list(runs))
@@ -58,6 +61,7 @@ def timed(monkeypatch) -> Timed:
     fake = Timed(TWO)
     monkeypatch.setattr(timing, "fastest", fake)
     monkeypatch.setattr(instances, "gain", lambda *timed: fake.gain)
+    monkeypatch.setattr(instances, "part", lambda *timed: fake.part)
     monkeypatch.setattr(selection, "inline_rows", lambda *timed: fake.inline)
     return fake
 
@@ -91,7 +95,10 @@ def test_a_choice_is_measured_once_and_kept(artefact, tmp_path, timed):
         b'{"cells": [[["onnx", 3]]]}',
         json.dumps({"cells": [[TWO] * 7]}).encode(),
         json.dumps({"cells": [[TWO] * 7], "instances": "two"}).encode(),
-        json.dumps({"cells": [[TWO] * 7], "instances": 0}).encode(),
+        json.dumps({"cells": [[TWO] * 7], "instances": 0, "alone": None}).encode(),
+        json.dumps({"cells": [[TWO] * 7], "instances": 1}).encode(),
+        json.dumps({"cells": [[TWO] * 7], "instances": 1, "alone": [[TWO] * 6]}).encode(),
+        json.dumps({"cells": [[TWO] * 7], "instances": 1, "alone": [[["onnx", 3]] * 7]}).encode(),
         b"[" * 100_000,
     ],
 )
@@ -189,7 +196,7 @@ def test_where_several_instances_gain_they_run_and_share_the_weights(artefact, t
 
 @pytest.mark.parametrize(
     ("gain", "inline", "settings"),
-    [(1.0, (0, 0), {}), (2.0, (0, 1), {}), (2.0, (0, 0), {"instances": 1}), (2.0, (0, 0), {"threads": 1})],
+    [(0.9, (0, 0), {}), (2.0, (0, 1), {}), (2.0, (0, 0), {"instances": 1}), (2.0, (0, 0), {"threads": 1})],
 )
 def test_one_instance_runs_what_gains_nothing_or_runs_on_the_loop_or_is_asked_for(
     artefact, timed, gain, inline, settings
