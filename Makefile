@@ -4,7 +4,7 @@ PACKAGES := proto models server client
 TYPED := $(addprefix build/typed/layercast/,$(PACKAGES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test soak fuzz overload bench check format proto clean
+.PHONY: help setup serve compile test soak fuzz overload bench check format proto clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,11 @@ setup: ## build .venv for running the server (a second run does nothing)
 serve: ## start the server with the models of the zoo; ARGS="--grpc-port 9001" passes options on
 	@scripts/setup.sh serve
 	@exec .venv/bin/layercast serve $(ARGS)
+
+compile: ## make native code of what runs for every request (a C compiler, 40 s); the server uses it from then on
+	@scripts/setup.sh serve
+	@$(PYTHON_BIN) -c 'import mypyc' 2>/dev/null || $(PYTHON_BIN) -m pip install -q 'mypy>=1.18'
+	@.venv/bin/layercast compile
 
 test: ## run every test, two at a time; ARGS="-k codec" passes options on
 	@scripts/setup.sh dev

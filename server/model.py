@@ -16,6 +16,7 @@ from layercast.server.batching.waiting import Waiting
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.tapped import TappedEngine
 from layercast.server.errors import InvalidArgument
+from layercast.server.inline import NOWHERE, Inline
 from layercast.server.monitor import ModelMonitor
 from layercast.server.runner import Runner
 from layercast.server.settings import ModelSettings
@@ -34,9 +35,8 @@ class Loaded:
     `runners` are its instances, with so many `copies` of the weights between them; each computes with `threads`
     threads. `alone`, if any, is one more, which computes with those of all a batch beside which nothing runs.
     `warmup_ms` is one warm forward of one row, `note` what an operator should know of a version that answers, `engines`
-    which engine runs which batch of plain predictions, and in how many instances, `inline_rows` how many rows run
-    sooner than they could be handed to a thread: of any requests, and of requests of one row. `cards` is the CUDA
-    device of each instance, if they run on any.
+    which engine runs which batch of plain predictions, and in how many instances, `inline` which batches are short
+    enough for the event loop. `cards` is the CUDA device of each instance, if they run on any.
     """
 
     manifest: Manifest
@@ -47,7 +47,7 @@ class Loaded:
     warmup_ms: float
     note: str = ""
     engines: str = ""
-    inline_rows: tuple[int, int] = (0, 0)
+    inline: Inline = NOWHERE
     cards: tuple[int, ...] = ()
     copies: int = 1
     alone: Runner | None = None
@@ -67,8 +67,6 @@ class Loaded:
     def limits(self) -> Limits:
         """What the settings mean to the batcher."""
         settings = self.settings
-        # Several instances are there to run at the same time.
-        whole, single = self.inline_rows if len(self.runners) == 1 else (0, 0)
         return Limits(
             max_batch=settings.max_batch,
             # Rows that never share a forward have nobody to wait for.
@@ -78,8 +76,8 @@ class Loaded:
             preferred=settings.preferred_batch,
             queue_timeout=settings.queue_timeout_ms / 1000 or None,
             priorities=settings.priorities,
-            inline_rows=whole,
-            inline_single_rows=single,
+            # Several instances are there to run at the same time.
+            inline=self.inline if len(self.runners) == 1 else NOWHERE,
         )
 
 

@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from layercast.models.foreign.trust import Trust
+from layercast.server.compiled import default_folder
 from layercast.server.errors import StartError
 
 EngineName = Literal["auto", "eager", "torchscript", "onnx", "exported", "onnx-int8"]
@@ -154,6 +155,9 @@ class Settings(ModelSettings, BaseSettings):
     repository: Path | None = Field(default=None, description="folder of models; without it the zoo is served")
     cache: Path = Field(
         default_factory=default_cache, description="where the zoo's exported programs are kept between starts"
+    )
+    compiled: Path = Field(
+        default_factory=default_folder, description="folder of `layercast compile`, whose code is used if it is current"
     )
     model_control: Literal["none", "explicit"] = Field(
         default="none", description="explicit lets callers load and unload models (RepositoryModelLoad, …Unload)"

@@ -13,6 +13,7 @@ from layercast.models.manifest import FileEntry, LayerSpec, Manifest, TensorSpec
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
 from layercast.proto.rpc import INFERENCE, INFERENCE_SERVICE
 from layercast.server.engines.base import Tapping
+from layercast.server.inline import NOWHERE, Inline
 from layercast.server.metrics import Metrics
 from layercast.server.model import Loaded, ServedModel
 from layercast.server.monitor import ModelMonitor
@@ -50,7 +51,7 @@ def served(
     outputs: tuple[TensorSpec, ...] = SUMS,
     layers: tuple[LayerSpec, ...] = (),
     taps: Tapping | None = None,
-    inline: tuple[int, int] = (0, 0),
+    inline: Inline = NOWHERE,
     **settings: Any,
 ) -> ServedModel:
     """Return a model `m` of these inputs, outputs and layers that answers what `function` and `taps` give."""
@@ -65,7 +66,7 @@ def served(
     )
     chosen = ModelSettings(**{"max_batch": 8, "max_delay_ms": 0, **settings})
     runners = (Runner(manifest, Engine(function), None, taps),)
-    loaded = Loaded(manifest, chosen, runners, 1, 0.0, 0.0, inline_rows=inline)
+    loaded = Loaded(manifest, chosen, runners, 1, 0.0, 0.0, inline=inline)
     return ServedModel(loaded, ModelMonitor(metrics, "m", "1", "cpu", loaded.limits))
 
 

@@ -8,10 +8,11 @@ import pytest
 from begin import Subject, sums
 from numeric import Arrays
 
+from layercast.server.inline import up_to
 from layercast.server.service.callers import Callers
 
 BATCH = 3
-INLINE = (8, 8)
+INLINE = up_to(8)
 ENOUGH = Callers.enough
 
 

@@ -38,10 +38,16 @@ class Results:
         assert self.code == 0, self.output[-4000:]
 
 
-def run_modules(command: Sequence[str], report: Path, repository: Path, environment: Mapping[str, str]) -> Results:
+def run_modules(
+    command: Sequence[str],
+    report: Path,
+    repository: Path,
+    environment: Mapping[str, str],
+    modules: Sequence[str] = MODULES,
+) -> Results:
     """Run the modules with `command`, which takes pytest's arguments, on a repository that is there already."""
     done = subprocess.run(
-        [*command, "-q", f"--junitxml={report}", *(f"{module}.py" for module in MODULES)],
+        [*command, "-q", f"--junitxml={report}", *(f"{module}.py" for module in modules)],
         cwd=TESTS, env={**os.environ, "LAYERCAST_TEST_REPOSITORY": str(repository), **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from batching import ask, batching, negate, until, work
 
 from layercast.server.batching.batcher import Batcher
 from layercast.server.errors import DeadlineExceeded, Unavailable
+from layercast.server.inline import up_to
 
 MANY = 50
 
@@ -57,7 +58,7 @@ async def cancelled(batcher: Batcher) -> None:
 async def test_a_request_leaves_nothing_for_the_garbage_collection(
     end: Callable[[Batcher], Awaitable[Any]], held: bool, inline_rows: int
 ):
-    async with batching(negate, inline_rows=inline_rows) as (batcher, _):
+    async with batching(negate, inline=up_to(inline_rows)) as (batcher, _):
         if held:
             batcher.hold()
         await end(batcher)

@@ -11,6 +11,7 @@ import pytest
 from batching import ask, asking, batching, negate, picky, work
 
 from layercast.server.batching import forwards, patience
+from layercast.server.inline import Inline, up_to
 from layercast.server.work import Rows, Tap, Work
 
 
@@ -41,7 +42,7 @@ class Where:
 
 async def test_small_batches_run_on_the_loop_and_larger_ones_in_the_thread():
     engine = Where()
-    async with batching(engine, inline_rows=2) as (batcher, recorder):
+    async with batching(engine, inline=up_to(2)) as (batcher, recorder):
         assert await ask(batcher, 1) == [-1]
         assert await ask(batcher, 1, 2) == [-1, -2]
         assert await ask(batcher, 1, 2, 3) == [-1, -2, -3]
@@ -51,14 +52,70 @@ async def test_small_batches_run_on_the_loop_and_larger_ones_in_the_thread():
 
 async def test_more_rows_run_on_the_loop_when_they_are_requests_of_one_row():
     engine = Where()
-    async with batching(engine, inline_rows=2, inline_single_rows=4) as (batcher, _):
+    async with batching(engine, inline=up_to(2, 4)) as (batcher, _):
         await asyncio.gather(*(asking(batcher, value) for value in range(4)))
         assert await ask(batcher, 1, 2, 3, 4) == [-1, -2, -3, -4]
         await asyncio.gather(*(asking(batcher, value) for value in range(5)))
         assert engine.ran == [(True, 4), (False, 1), (False, 5)]
 
 
-async def test_without_inline_rows_nothing_runs_on_the_loop():
+BY_LENGTH = Inline(((2, 4), (1, 2)), (16, 32))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "here"),
+    [
+        ([16] * 4, True), ([17] * 2, True), ([32, 8], True), ([33], False), ([16] * 5, False), ([8, 8, 17], False),
+    ],
+)  # fmt: skip
+async def test_the_longest_of_a_batch_says_how_many_run_on_the_loop(lengths, here):
+    engine = Where()
+    async with batching(engine, inline=BY_LENGTH) as (batcher, _):
+        works = [work(batcher, value) for value in range(len(lengths))]
+        for one, length in zip(works, lengths, strict=True):
+            one.length = length
+        await asyncio.gather(*(batcher.submit([one]) for one in works))
+        assert engine.ran == [(here, len(lengths))]
+
+
+async def test_many_requests_of_one_row_are_run_in_batches_that_the_loop_may_wait_for():
+    engine = Where()
+    async with batching(engine, max_batch=64, inline=up_to(1, 16), together=True) as (batcher, _):
+        assert await asyncio.gather(*(asking(batcher, value) for value in range(40))) == [[-v] for v in range(40)]
+        assert engine.ran == [(True, 16), (True, 16), (True, 8)]
+        await ask(batcher, *range(40))
+        assert engine.ran[3:] == [(False, 1)]
+
+
+async def test_few_on_the_loop_are_no_reason_to_make_batches_smaller():
+    engine = Where()
+    async with batching(engine, max_batch=64, inline=up_to(1, 8), together=True) as (batcher, _):
+        await asyncio.gather(*(asking(batcher, value) for value in range(40)))
+        assert engine.ran == [(False, 40)]
+
+
+async def test_a_model_with_less_to_do_runs_before_a_batch_that_takes_longer():
+    order: list[str] = []
+
+    def noted(name: str):
+        def run(works: Sequence[Work]) -> list[Rows]:
+            order.append(name)
+            return negate(works)
+
+        return run
+
+    async with (
+        batching(noted("long"), inline=up_to(1, 8), together=True) as (long, _),
+        batching(noted("short"), inline=up_to(1, 8), together=True) as (short, _),
+    ):
+        many = [asking(long, value) for value in range(4)]
+        await asyncio.sleep(0)
+        assert long.queued_rows == 4
+        await asyncio.gather(*many, asking(short, 1))
+        assert order == ["short", "long"]
+
+
+async def test_without_limits_for_it_nothing_runs_on_the_loop():
     engine = Where()
     async with batching(engine) as (batcher, _):
         await ask(batcher, 1)
@@ -71,7 +128,7 @@ async def test_a_batch_with_taps_runs_in_the_thread():
         return negate(works)
 
     ran: list[bool] = []
-    async with batching(tapped, inline_rows=8) as (batcher, _):
+    async with batching(tapped, inline=up_to(8)) as (batcher, _):
         one = work(batcher, 1)
         one.taps = (Tap("a"),)
         await batcher.submit([one])
@@ -80,7 +137,7 @@ async def test_a_batch_with_taps_runs_in_the_thread():
 
 async def test_requests_of_several_passes_of_the_loop_share_a_forward():
     engine = Where()
-    async with batching(engine, inline_rows=8) as (batcher, _):
+    async with batching(engine, inline=up_to(8)) as (batcher, _):
         asked = []
         for value in range(4):
             asked.append(asking(batcher, value))
@@ -90,7 +147,7 @@ async def test_requests_of_several_passes_of_the_loop_share_a_forward():
 
 
 async def test_a_batch_on_the_loop_that_fails_is_run_again_one_by_one_in_the_thread():
-    async with batching(picky, inline_rows=8) as (batcher, _):
+    async with batching(picky, inline=up_to(8)) as (batcher, _):
         batcher.hold()
         asked = [asking(batcher, value) for value in (1, -1, 2)]
         await asyncio.sleep(0)
@@ -106,7 +163,7 @@ async def test_a_batch_on_the_loop_that_fails_is_run_again_one_by_one_in_the_thr
 async def test_a_model_that_is_slower_than_at_its_load_leaves_the_loop_for_a_while(monkeypatch):
     monkeypatch.setattr(forwards, "_WARY_NS", 50_000_000)
     engine = Where(seconds=0.004)
-    async with batching(engine, inline_rows=8) as (batcher, _):
+    async with batching(engine, inline=up_to(8)) as (batcher, _):
         for value in range(4):
             await ask(batcher, value)
         assert engine.ran == [(True, 1)] * 3 + [(False, 1)]
@@ -132,7 +189,7 @@ async def inline_of(clock: list[int], milliseconds: Sequence[int], fails: bool =
         ran.append(threading.current_thread() is threading.main_thread())
         return picky(works)
 
-    async with batching(engine, inline_rows=8) as (batcher, _):
+    async with batching(engine, inline=up_to(8)) as (batcher, _):
         for _ in milliseconds:
             with pytest.raises(ValueError, match="negative") if fails else nullcontext():
                 await ask(batcher, -1 if fails else 1)
@@ -155,8 +212,21 @@ async def test_a_forward_that_fails_after_a_while_counts_as_well(clock):
     assert await inline_of(clock, [21, 0], fails=True) == [True, False]
 
 
+async def test_more_requests_may_take_longer(clock):
+    def engine(works: Sequence[Work]) -> list[Rows]:
+        clock[0] += 4_000_000
+        ran.append(threading.current_thread() is threading.main_thread())
+        return negate(works)
+
+    ran: list[bool] = []
+    async with batching(engine, inline=up_to(8)) as (batcher, _):
+        for _ in range(4):
+            await asyncio.gather(*(asking(batcher, value) for value in range(8)))
+    assert ran == [True] * 4
+
+
 async def test_a_batcher_that_runs_on_the_loop_drains_and_closes():
-    async with batching(inline_rows=8) as (batcher, recorder):
+    async with batching(inline=up_to(8)) as (batcher, recorder):
         asked = [asking(batcher, value) for value in range(3)]
         await asyncio.sleep(0)
         assert await batcher.drain(5)
@@ -172,7 +242,7 @@ async def together(batcher, requests: int) -> None:
 @pytest.mark.usefixtures("as_measured")
 async def test_requests_that_come_one_by_one_are_run_in_the_thread():
     engine = Where()
-    async with batching(engine, inline_rows=8) as (batcher, _):
+    async with batching(engine, inline=up_to(8)) as (batcher, _):
         for _ in range(20):
             await together(batcher, 1)
         assert engine.ran == [(False, 1)] * 20
@@ -181,7 +251,7 @@ async def test_requests_that_come_one_by_one_are_run_in_the_thread():
 @pytest.mark.usefixtures("as_measured")
 async def test_requests_that_come_in_bunches_are_run_on_the_loop_until_they_no_longer_do():
     engine = Where()
-    async with batching(engine, inline_rows=8) as (batcher, _):
+    async with batching(engine, inline=up_to(8)) as (batcher, _):
         for _ in range(16):
             await together(batcher, 3)
         assert (engine.ran[0], engine.ran[-1]) == ((False, 3), (True, 3))

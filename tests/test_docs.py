@@ -170,7 +170,7 @@ def test_the_zoo_table_is_what_the_cards_say() -> None:
 def default(name: str) -> str:
     field = Settings.model_fields[name]
     if field.default_factory is not None:
-        return "~/.cache/layercast"
+        return {"cache": "~/.cache/layercast", "compiled": "in the installation"}[name]
     value = field.default
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower()
 

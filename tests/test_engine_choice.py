@@ -19,6 +19,7 @@ from layercast.server import banner, environment, tapping
 from layercast.server.engines import instances, remembered, selection, timing
 from layercast.server.engines.choice import Buckets, Candidate, Choice, ChosenEngine
 from layercast.server.engines.source import Source
+from layercast.server.inline import NOWHERE, up_to
 from layercast.server.loader import load
 from layercast.server.model import Loaded
 from layercast.server.settings import ModelSettings
@@ -48,9 +49,11 @@ class Timed:
     def __init__(self, *chosen: Candidate) -> None:
         self.chosen = chosen
         self.tried: list[list[Candidate]] = []
-        self.gain, self.part, self.inline = 0.0, 1.0, (0, 0)
+        self.gain, self.part, self.inline = 0.0, 1.0, NOWHERE
 
-    def __call__(self, runs: Any, batch: Any, buckets: Buckets, processors: int) -> tuple[Choice, timing.Costs]:
+    def __call__(
+        self, runs: Any, batch: Any, buckets: Buckets, processors: int, here: Any
+    ) -> tuple[Choice, timing.Costs]:
         self.tried.append(list(runs))
         row = tuple(self.chosen[min(at, len(self.chosen) - 1)] for at in range(len(buckets.rows)))
         return Choice(buckets, (row,) * len(buckets.lengths)), {(0, 1): {ONE: 1e-4, TWO: float("inf")}}
@@ -62,7 +65,7 @@ def timed(monkeypatch) -> Timed:
     monkeypatch.setattr(timing, "fastest", fake)
     monkeypatch.setattr(instances, "gain", lambda *timed: fake.gain)
     monkeypatch.setattr(instances, "part", lambda *timed: fake.part)
-    monkeypatch.setattr(selection, "inline_rows", lambda *timed: fake.inline)
+    monkeypatch.setattr(selection, "inline_of", lambda *timed: fake.inline)
     return fake
 
 
@@ -196,7 +199,13 @@ def test_where_several_instances_gain_they_run_and_share_the_weights(artefact, t
 
 @pytest.mark.parametrize(
     ("gain", "inline", "settings"),
-    [(0.9, (0, 0), {}), (2.0, (0, 1), {}), (2.0, (0, 0), {"instances": 1}), (2.0, (0, 0), {"threads": 1})],
+    [
+        (0.9, NOWHERE, {}),
+        (2.0, up_to(0, 16), {}),
+        (2.0, up_to(0, 4), {"max_batch": 4}),
+        (2.0, NOWHERE, {"instances": 1}),
+        (2.0, NOWHERE, {"threads": 1}),
+    ],
 )
 def test_one_instance_runs_what_gains_nothing_or_runs_on_the_loop_or_is_asked_for(
     artefact, timed, gain, inline, settings
@@ -204,6 +213,11 @@ def test_one_instance_runs_what_gains_nothing_or_runs_on_the_loop_or_is_asked_fo
     timed.chosen, timed.gain, timed.inline = (ONE,), gain, inline
     model = loaded(artefact, None, **settings)
     assert (model.engines, len(model.runners)) == ("onnx (1 thread)", 1)
+
+
+def test_a_few_requests_on_the_loop_are_no_reason_against_several_instances(artefact, timed):
+    timed.chosen, timed.gain, timed.inline = (ONE,), 2.0, up_to(8, 8)
+    assert len(loaded(artefact, None).runners) == 2
 
 
 def test_instances_that_are_asked_for_are_not_those_that_were_measured(artefact, tmp_path, timed):

@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import pytest
@@ -27,9 +27,9 @@ class Machine:
         self.wall = self.cpu = 0.0
         self.runs: Counter[tuple[Candidate, int, int]] = Counter()
 
-    def choose(self, buckets: Buckets = BUCKETS, processors: int = 2) -> Choice:
+    def choose(self, buckets: Buckets = BUCKETS, processors: int = 2, here: Collection[Candidate] = ()) -> Choice:
         engines = {candidate: self.engine(candidate) for candidate in self.costs}
-        return fastest(engines, self.batch, buckets, processors, lambda: Instant(self.wall, self.cpu))[0]
+        return fastest(engines, self.batch, buckets, processors, here, lambda: Instant(self.wall, self.cpu))[0]
 
     def engine(self, candidate: Candidate):
         def run(inputs):
@@ -79,6 +79,17 @@ def test_processors_time_counts_beside_the_duration(small, used):
     assert Machine({ONE: linear(50, 1), TWO: small}).choose().used == used
 
 
+@pytest.mark.parametrize(("here", "used"), [((ONE, TWO), [TWO]), ((SCRIPT,), [ONE]), ((), [ONE])])
+def test_the_duration_of_what_runs_on_the_event_loop_counts_for_more(here, used):
+    machine = Machine({ONE: linear(0, 30), TWO: lambda rows, length: (22 * rows, 44 * rows)})
+    assert machine.choose(here=here).used == used
+
+
+def test_batches_that_are_too_long_for_the_event_loop_are_judged_as_any_other():
+    machine = Machine({ONE: linear(0, 9000), TWO: lambda rows, length: (6600 * rows, 13_200 * rows)})
+    assert machine.choose(here=(ONE, TWO)).used == [ONE]
+
+
 def test_readings_that_others_spoil_change_nothing():
     noise = random.Random(1)
 
@@ -102,6 +113,12 @@ def test_on_a_machine_that_is_busy_throughout_long_batches_are_judged_by_process
     # Two threads find no second processor: they take three times as long as they will when the machine is quiet.
     costs = {ONE: busy(linear(50, 3000), 1.5), TWO: busy(linear(60, 3100, threads=2), 3)}
     assert Machine(costs).choose().used == [TWO]
+
+
+def test_threads_that_spin_in_vain_on_a_busy_machine_are_judged_by_what_one_works():
+    alone: Cost = lambda rows, length: (4500 * rows, 3000 * rows)  # noqa: E731
+    machine = Machine({ONE: alone, TWO: lambda rows, length: (5000 * rows, 8000 * rows)})
+    assert machine.choose().used == [TWO]
 
 
 def test_the_time_of_slow_batches_is_bounded():

@@ -18,6 +18,7 @@ from test_short import outcome
 
 from layercast.models.manifest import LayerSpec, TensorSpec
 from layercast.proto.messages import ModelInferResponse
+from layercast.server.inline import NOWHERE
 from layercast.server.service import gathering, scopes
 from layercast.server.service.callers import Callers
 from layercast.server.work import Tap
@@ -175,7 +176,7 @@ async def test_a_request_of_many_rows_waits_for_nobody():
     await subject.batcher.close()
 
 
-@pytest.mark.parametrize("limits", [{"inline": (0, 0)}, {"max_delay_ms": 1}, {"batching": False}])
+@pytest.mark.parametrize("limits", [{"inline": NOWHERE}, {"max_delay_ms": 1}, {"batching": False}])
 async def test_where_batches_run_in_threads_or_wait_by_themselves_or_are_none_nothing_waits_before(limits):
     subject = Gathering(**limits)
     assert (await subject.ask(request(1, 2)).ended()).raw_output_contents

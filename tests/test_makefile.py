@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TARGETS = {"bench", "help", "setup", "serve", "test", "soak", "fuzz", "overload", "check", "format", "proto", "clean"}
+TARGETS = {
+    "bench",
+    "help",
+    "setup",
+    "serve",
+    "compile",
+    "test",
+    "soak",
+    "fuzz",
+    "overload",
+    "check",
+    "format",
+    "proto",
+    "clean",
+}
 # Says that it started, and like the real server leaves with 0 after an interrupt.
 FAKE_SERVER = f"""#!{sys.executable}
 import signal, sys

@@ -11,7 +11,8 @@ from layercast.models.onnx_shapes import steady
 
 WEIGHTS = {
     "w": np.ones((4, 3), "f4"), "first": np.array([0]), "two": np.array([2, 2]), "one": np.array([1]),
-    "zero": np.array(0), "scalar": np.array(1.0, "f4"), "many": np.array(9), "true": np.array(True),
+    "qkv": np.ones((4, 12), "f4"), "uneven": np.ones((4, 16), "f4"), "bias": np.zeros(12, "f4"),
+    "none": np.array(0), "step": np.array(1), "zero": np.array(0), "scalar": np.array(1.0, "f4"), "many": np.array(9), "true": np.array(True),
 }  # fmt: skip
 
 
@@ -50,6 +51,14 @@ STEADY = {
         node("Reshape", "x to", "y"),
     ],
     "an output that is not wanted": [node("Dropout", "x", "y ")],
+    "a range that is counted from a shape": [
+        node("Shape", "x", "s"), node("Gather", "s zero", "n"), node("Range", "none n step", "r"),
+        node("Cast", "r", "f", to=TensorProto.FLOAT), node("Unsqueeze", "f one", "column"), node("Add", "x column", "y"),
+    ],
+    "attention as it is fused": [
+        helper.make_node("Attention", ["x", "qkv", "bias"], ["a"], domain="com.microsoft", num_heads=2),
+        node("Relu", "a", "y"),
+    ],
 }  # fmt: skip
 COUNTED = [node("ReduceMax", "x", "m", keepdims=0), node("Cast", "m", "c", to=TensorProto.INT64)]
 UNSTEADY = {
@@ -61,6 +70,12 @@ UNSTEADY = {
     "a range that is a value": [*COUNTED, node("Range", "zero c many", "r"), node("ReduceSum", "r", "y")],
     "a branch": [node("If", "true", "y", then_branch=branch("a"), else_branch=branch("b"))],
     "a loop": [node("Loop", "many true x", "y", body=body())],
+    "a shape that a range of values has": [
+        *COUNTED, node("Range", "zero c step", "r"), node("Shape", "r", "s"), node("ConstantOfShape", "s", "y"),
+    ],
+    "attention with other sizes": [
+        helper.make_node("Attention", ["x", "uneven", "bias"], ["y"], domain="com.microsoft", num_heads=2)
+    ],
     "an operator that is not ONNX's": [helper.make_node("FusedGelu", ["x"], ["y"], domain="com.microsoft")],
 }  # fmt: skip
 
@@ -73,6 +88,11 @@ def test_values_do_not_matter(nodes):
 @pytest.mark.parametrize("nodes", UNSTEADY.values(), ids=UNSTEADY)
 def test_values_matter_or_may(nodes):
     assert not steady(program(nodes))
+
+
+def test_the_zoos_models_are_steady(repository):
+    for name in ("transformer", "shared"):
+        assert steady((repository / name / "1" / "model.onnx").read_bytes()), name
 
 
 def test_a_function_may_hide_what_matters():

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,10 +11,14 @@ import onnx
 import pytest
 import tiny
 from holding import serving_shared
+from serving import running
 from test_server_inference import offline, request, rows_for, values_of
 
-from layercast.models.manifest import file_entry
+from layercast.models.manifest import TensorSpec, file_entry
 from layercast.server.batching import patience
+from layercast.server.engines import inline
+from layercast.server.engines.onnx import open_session
+from layercast.server.inline import Inline
 from layercast.server.loader import load
 from layercast.server.settings import ModelSettings
 
@@ -50,7 +55,57 @@ def test_only_the_steady_engine_of_a_single_instance_runs_on_the_loop(
             answers = list(pool.map(lambda x: server.call("ModelInfer", request("shared", x)), xs))
         for x, answer in zip(xs, answers, strict=True):
             np.testing.assert_allclose(values_of(answer), offline(modules["shared"], x), atol=1e-5)
-        assert (loop in ran) == here == (model.batcher.limits.inline_rows > 0)
+        assert (loop in ran) == here == (bool(model.batcher.limits.inline))
+
+
+def test_short_texts_run_on_the_loop_and_long_ones_in_the_thread(repository, modules, tmp_path, monkeypatch):
+    monkeypatch.setattr(inline, "_seconds", lambda engine, inputs: 1e-4 if inputs["tokens"].shape[1] <= 16 else 1.0)
+    shutil.copytree(repository / "transformer", tmp_path / "transformer")
+    ran: set[tuple[bool, bool]] = set()
+    with running(tmp_path, max_batch=8, device="cpu", engine="onnx", instances=1) as server:
+        model = server.server.repository.find("transformer", "")
+        assert model.batcher.limits.inline == Inline(((8, 8),), (16,))
+        loop, real = server.on_loop(threading.get_ident), model.loaded.runner.fast.run
+
+        def noted(inputs: Any) -> Any:
+            ran.add((inputs["tokens"].shape[1] <= 16, threading.get_ident() == loop))
+            return real(inputs)
+
+        model.loaded.runner.fast.run = noted
+        texts = [rows_for("transformer", 1 + at % 3, (3, 16, 17, 9, 32)[at % 5]) for at in range(40)]
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda x: server.call("ModelInfer", request("transformer", x)), texts))
+    for text, answer in zip(texts, answers, strict=True):
+        np.testing.assert_allclose(values_of(answer), offline(modules["transformer"], text), atol=1e-5)
+    assert ran == {(True, True), (False, False)}
+
+
+def test_threads_that_compute_together_sleep_between_batches(repository):
+    session = open_session((repository / "shared" / "1" / "model.onnx").read_bytes(), "model.onnx", 2)
+    inputs, idle = {session.get_inputs()[0].name: np.resize(rows_for("shared", 1), (4096, 10))}, 0.0
+    for _ in range(40):
+        session.run(None, inputs)
+        before = time.process_time()
+        time.sleep(0.005)
+        idle += time.process_time() - before
+    assert idle < 0.05
+
+
+@pytest.mark.parametrize(
+    ("inputs", "lengths"),
+    [
+        ([{"shape": (-1, 4)}], (0,)),
+        ([{"shape": (-1, -1), "pad": 0, "max_length": 40}], (16, 32, 40)),
+        ([{"shape": (-1, -1), "pad": 0}, {"shape": (-1, -1), "pad": 1}], (16, 32, 48, 64, 96, 128, 192, 256)),
+        ([{"shape": (-1, -1), "pad": 0}, {"shape": (-1, 4), "pad": 0}], ()),
+        ([{"shape": (-1, -1)}], ()),
+        ([{"shape": (-1, -1, -1), "pad": 0}], ()),
+        ([{"shape": (-1, 4), "datatype": "BYTES"}], ()),
+    ],
+)
+def test_only_where_texts_have_one_length_is_it_known_how_long_they_take(inputs, lengths):
+    specs = [TensorSpec(**{"name": f"x{at}", "datatype": "INT64", **given}) for at, given in enumerate(inputs)]
+    assert inline.lengths_of(specs) == lengths
 
 
 def test_a_program_whose_time_depends_on_values_runs_in_the_thread(repository, tmp_path):
@@ -68,5 +123,5 @@ def test_a_program_whose_time_depends_on_values_runs_in_the_thread(repository, t
     onnx.save(model, path)
     entry = file_entry(path).model_dump()
     tiny.edit_manifest(path.parent, lambda manifest: manifest["files"].update({path.name: entry}))
-    assert load(repository / "shared" / "1", ModelSettings(engine="onnx"), 1).inline_rows[0] > 0
-    assert load(path.parent, ModelSettings(engine="onnx"), 1).inline_rows == (0, 0)
+    assert load(repository / "shared" / "1", ModelSettings(engine="onnx"), 1).inline.takes(1, 1, 0)
+    assert not load(path.parent, ModelSettings(engine="onnx"), 1).inline

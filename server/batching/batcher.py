@@ -24,6 +24,8 @@ from layercast.server.work import Answer, Course, Terms, Work
 
 _NOW = Terms()
 _CLOSE_SECONDS = 5.0
+_PASSES = 3
+"""Of the event loop, in which a request that has come is read, queued, and looked at."""
 
 
 class Batcher:
@@ -56,6 +58,7 @@ class Batcher:
         self._delay_over: asyncio.TimerHandle | None = None
         self._patience = Patience(limits.together)
         self._held = self._draining = self._closed = self._hurried = False
+        self._passes_left = _PASSES
         self._settled = asyncio.Event()
 
     @property
@@ -87,10 +90,10 @@ class Batcher:
         apart = self._draining or self._limits.preferred or len(self._forwards) > 1
         return not apart and self._admission.fits(rows, size)
 
-    def runs_at_once(self, rows: int, requests: int) -> bool:
-        """Tell whether so many rows of so many requests, if queued now, run on the event loop in `run_now`."""
+    def runs_at_once(self, rows: int, requests: int, length: int) -> bool:
+        """Tell whether rows of so many requests, so long, if queued now, run on the event loop in `run_now`."""
         waits = self._held or self._queue.held.works or self._limits.max_delay or not self._forwards.free
-        return not waits and self._forwards.inline(rows, requests)
+        return not waits and self._forwards.inline(rows, requests, length)
 
     async def submit(self, works: Sequence[Work], terms: Terms = _NOW) -> list[Answer]:
         """Queue the works of one request, all or none, and return their answers in order.
@@ -236,9 +239,10 @@ class Batcher:
         self._forget_looks()
         self._patience.passed()
         while self._forwards.free and not self._held:
-            if not here and self._more_may_come():
+            if not here and (self._more_may_come() or self._lets_others()):
                 self._look_soon()
                 return
+            self._passes_left = _PASSES
             now = time.perf_counter_ns()
             gathered = gather(self._queue, self._limits, self._pace, now, self._hurried, self._forwards.free)
             for work in gathered.dropped:
@@ -264,9 +268,17 @@ class Batcher:
             and not (self._hurried or self._limits.max_delay)
             and held.rows < self._limits.max_batch
             and self._patience.here
-            and self._forwards.inline(held.rows, held.requests)
+            and self._forwards.inline(held.rows, held.requests, self._queue.longest)
             and self._patience.lasts(oldest.arrived)
         )
+
+    def _lets_others(self) -> bool:
+        """Whether to leave the loop's next pass to models with less to do, before rows hold it up that take longer."""
+        held = self._queue.held
+        if not self._passes_left or not self._forwards.holds_up(held.rows, held.requests, self._queue.longest):
+            return False
+        self._passes_left -= 1
+        return True
 
     def _start(self, batch: Batch, now: int, here: bool) -> bool:
         """Run a batch that was taken from the queue; tell whether it has ended."""

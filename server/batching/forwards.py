@@ -17,6 +17,7 @@ from layercast.server.batching.gather import Batch
 from layercast.server.batching.instance import Instance, Ran, Run
 from layercast.server.batching.policy import Limits, Reason
 from layercast.server.errors import ModelFailed, OutOfMemory
+from layercast.server.inline import limit
 from layercast.server.work import Work
 
 logger = logging.getLogger(__name__)
@@ -24,14 +25,14 @@ logger = logging.getLogger(__name__)
 Answer = Callable[[Sequence[Work], Ran, Reason], None]
 Fail = Callable[[Sequence[Work], Exception], None]
 
-_SURPRISE_NS: Final = 3_000_000
-"""What no forward on the loop should take."""
+_SURPRISE: Final = 4
+"""How many times as long as it may no forward on the loop should take."""
 _MOST_SURPRISES: Final = 3
-"""As many of them send the model's forwards to its threads,"""
+"""As many that do send the model's forwards to its threads,"""
 _AMONG: Final = 32
 """among the last so many on the loop,"""
-_STALL_NS: Final = 20_000_000
-"""or a single one of this length."""
+_STALL_NS: Final = 17_000_000
+"""or a single one that takes so much longer still."""
 _WARY_NS: Final = 1_000_000_000
 """How long they stay there."""
 
@@ -59,7 +60,7 @@ class Forwards:
     ) -> None:
         self.running: set[Work] = set()
         self._name = name
-        self._limits = limits
+        self._inline = limits.inline
         self._answer = answer
         self._fail = fail
         self._freed = freed
@@ -84,13 +85,15 @@ class Forwards:
         """How many instances wait for a batch."""
         return len(self._free)
 
-    def inline(self, rows: int, requests: int) -> bool:
-        """Tell whether a plain forward of so many rows of so many requests would run on the event loop now."""
-        limits = self._limits
-        most = limits.inline_single_rows if rows == requests else limits.inline_rows
-        return rows <= max(most, limits.inline_rows) and (
+    def inline(self, rows: int, requests: int, length: int) -> bool:
+        """Tell whether a plain forward of so many rows of so many requests, so long, would run on the loop now."""
+        return self._inline.takes(rows, requests, length) and (
             not self._wary_until or time.perf_counter_ns() >= self._wary_until
         )
+
+    def holds_up(self, rows: int, requests: int, length: int) -> bool:
+        """Tell whether that would take longer than anything but what answers so many requests may take."""
+        return self.inline(rows, requests, length) and not self._inline.takes(rows, 0, length)
 
     def start(self, batch: Batch, here: bool, last: bool) -> bool:
         """Run `batch` on a free instance; tell whether it has ended, which is so when it ran on the event loop.
@@ -100,14 +103,16 @@ class Forwards:
         alone = self._alone if last and len(self._free) == len(self._instances) else None
         instance, works = self._free.pop(), batch.works
         self.running.update(works)
-        short = here and self.inline(batch.rows, sum(work.requests for work in works))
+        requests = sum(work.requests for work in works) if here else 0
+        length = max(work.length for work in works) if self._inline.lengths else 0
+        short = here and self.inline(batch.rows, requests, length)
         if not short or any(work.taps or work.edits for work in works):
             # The instance in whose place another runs it stays taken: no more batches run at the same time than that.
             (alone or instance).start(works, partial(self._ran, instance, batch))
             return False
         began = time.perf_counter_ns()
         ran, error = instance.run_here(works)
-        self._judge(time.perf_counter_ns() - began)
+        self._judge(time.perf_counter_ns() - began, requests if batch.rows == requests else 0)
         if self._goes_on_apart(instance, batch, error):
             return False
         self._tell(works, ran, error, batch.reason)
@@ -115,15 +120,19 @@ class Forwards:
         self._free.append(instance)
         return True
 
-    def _judge(self, took_ns: int) -> None:
-        """Leave the loop to others for a while when forwards on it take longer than was measured at the load."""
+    def _judge(self, took_ns: int, requests: int) -> None:
+        """Leave the loop to others for a while when forwards on it take longer than was measured at the load.
+
+        `requests` are those of one row each, as for `limit`.
+        """
         self._inline_runs += 1
-        if took_ns <= _SURPRISE_NS:
+        most_ns = int(_SURPRISE * 1e9 * limit(requests))
+        if took_ns <= most_ns:
             return
         # A short one alone says nothing of the model: on a busy machine the thread may have been put aside meanwhile.
         self._surprises.append(self._inline_runs)
         often = len(self._surprises) == _MOST_SURPRISES and self._inline_runs - self._surprises[0] < _AMONG
-        if often or took_ns > _STALL_NS:
+        if often or took_ns > most_ns + _STALL_NS:
             self._surprises.clear()
             self._wary_until = time.perf_counter_ns() + _WARY_NS
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from layercast.server.inline import NOWHERE, Inline
 from layercast.server.work import Work
 
 Reason = Literal["full", "preferred", "timeout", "idle", "drain"]
@@ -21,10 +22,9 @@ class Limits:
     `max_batch` is the rows that run together at most, `max_delay` the seconds that the first row waits for others.
     `queue_rows` and `queue_bytes` bound what waits. `preferred` are batch sizes that leave as soon as they are
     reached. `queue_timeout` is the seconds that a request may wait, None for any time; `priorities` the number of
-    levels, of which the last is the default. Batches of up to `inline_rows` rows are over sooner than they could be
-    handed to a thread, and so are those of up to `inline_single_rows` requests of one row, against all that they cost
-    besides. `together` says that the front end hands over in one pass of the event loop whatever came while
-    the loop was busy.
+    levels, of which the last is the default. Batches that are `inline` are over so soon that they run on the event
+    loop. `together` says that the front end hands over in one pass of the event loop whatever came while the loop was
+    busy.
     """
 
     max_batch: int
@@ -34,15 +34,13 @@ class Limits:
     preferred: tuple[int, ...] = ()
     queue_timeout: float | None = None
     priorities: int = 1
-    inline_rows: int = 0
-    inline_single_rows: int = 0
+    inline: Inline = NOWHERE
     together: bool = False
 
     @property
     def gathers(self) -> bool:
         """Whether plain requests, which come one by one, had better wait for each other before they are queued."""
-        short = self.inline_rows or self.inline_single_rows
-        return bool(short) and not (self.together or self.max_delay or self.preferred)
+        return bool(self.inline) and not (self.together or self.max_delay or self.preferred)
 
     @property
     def delay_ns(self) -> int:

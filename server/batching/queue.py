@@ -41,7 +41,10 @@ class _Level:
 
 
 class Queue:
-    """Works that wait. `ripe` is the rows that make a group worth a look before its delay is over."""
+    """Works that wait. `ripe` is the rows that make a group worth a look before its delay is over.
+
+    `longest` is the largest length since nothing waited.
+    """
 
     def __init__(self, ripe: int) -> None:
         self._ripe = ripe
@@ -50,6 +53,7 @@ class Queue:
         self._group_rows: dict[Hashable, int] = {}
         self._ripe_keys: set[Hashable] = set()
         self.held = Held()
+        self.longest = 0
         self.peers: dict[str, Held] = {}
 
     def __len__(self) -> int:
@@ -81,6 +85,8 @@ class Queue:
         else:
             own.add(1, rows, size, requests)
         self.held.add(1, rows, size, requests)
+        if work.length:
+            self.longest = max(self.longest, work.length)
         total = self._group_rows[key] = self._group_rows.get(key, 0) + rows
         if total >= self._ripe:
             self._ripe_keys.add(key)
@@ -104,6 +110,8 @@ class Queue:
             held.add(-1, -rows, -work.bytes, -requests)
         if not own.works:
             del self.peers[peer]
+            if not self._order:
+                self.longest = 0
         total = self._group_rows[key] - rows
         if total:
             self._group_rows[key] = total
@@ -206,7 +214,7 @@ class Queue:
             level.groups.clear()
         for kept in (self._order, self._group_rows, self._ripe_keys, self.peers):
             kept.clear()
-        self.held.works = self.held.rows = self.held.bytes = self.held.requests = 0
+        self.held.works = self.held.rows = self.held.bytes = self.held.requests = self.longest = 0
 
     def _new_level(self, priority: int) -> _Level:
         level = self._levels[priority] = _Level()

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until stopped, which ends the process; 1 when the server can't start."""
-    from layercast.server import environment, logs
+    from layercast.server import compiled, environment, logs
     from layercast.server.errors import StartError
     from layercast.server.settings import Settings, read
 
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         if fault := environment.protobuf_fault() or environment.onnxruntime_clash():
             raise StartError(fault)
         environment.let_idle_threads_sleep()
+        compiled.use(settings.compiled)
         if settings.front_end == "envoy":
             from layercast.server.transport.envoy.process import become_envoy
 

@@ -97,8 +97,10 @@ def open_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Idle threads that spin would take the CPU from the event loop.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Between the parts of a run its threads spin: to wake one takes as long as a part does. Between runs they sleep, or
+    # they would take the processors from the event loop.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # As `processors` says. The first session of a process sets it for the thread that opens it, one way or the other.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     with in_memory(content) as path:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 import torch
@@ -19,14 +19,17 @@ from layercast.server.engines.choice import Buckets, Candidate, Choice, ChosenEn
 from layercast.server.engines.confined import Confined
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.golden import check_golden
+from layercast.server.engines.inline import inline_of, lengths_of, seen
 from layercast.server.engines.onnx import OnnxEngine
 from layercast.server.engines.programs import ProgramEngine
 from layercast.server.engines.remembered import Remembered
 from layercast.server.engines.source import Source
-from layercast.server.inline import inline_rows
 from layercast.server.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
+
+_MANY: Final = 16
+"""Requests of one row that the event loop runs together, if it is to run a model that several instances might."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
     engines = Engines.load(source, candidates, recorded, buckets)
     began = time.perf_counter()
     runs = {candidate: engine.run for candidate, engine in engines.fast.items()}
-    choice, costs = timing.fastest(runs, _Batches(manifest, recorded).make, buckets, source.threads)
+    here = {candidate for candidate, engine in engines.fast.items() if seen(engine)}
+    choice, costs = timing.fastest(runs, Batches(manifest, recorded).make, buckets, source.threads, here)
     if settings.instances:
         choice = replace(choice, instances=settings.instances)
     elif several := _several(source, engines, choice, costs, recorded):
@@ -114,12 +118,14 @@ def _several(source: Source, engines: Engines, one: Choice, costs: timing.Costs,
     manifest, count, buckets = source.manifest, source.threads, one.buckets
     if source.device.type != "cpu" or not 1 < count <= instances.MOST_TRIED:
         return None
-    single = engines.chosen(one, manifest)
-    if any(inline_rows(single, source.directory, manifest, golden_rows(recorded, 1), buckets.rows[-1])):
-        return None  # its small batches run on the event loop, which several instances would have to be handed
+    single, batch = engines.chosen(one, manifest), Batches(manifest, recorded).make
+    shortest = lengths_of(manifest.inputs)[:1]
+    inline = inline_of(single, source.directory, manifest, batch, buckets.rows, shortest)
+    if inline.takes(enough := min(_MANY, buckets.rows[-1]), enough, shortest[0] if shortest else 0):
+        return None  # its batches run on the event loop, which several instances would have to be handed
     single_threaded = [candidate for candidate in engines.fast if candidate.threads == 1]
     several = replace(timing.choose(single_threaded, buckets, costs), instances=count)
-    team, batch = instances.Team(count), _Batches(manifest, recorded).make
+    team = instances.Team(count)
     try:
         run = engines.chosen(several, manifest).run
         gain = instances.gain(single.run, run, team, count, batch, buckets)
@@ -149,7 +155,7 @@ def golden_rows(recorded: Golden, rows: int) -> Inputs:
     return {name: np.resize(array, (rows, *array.shape[1:])) for name, array in recorded.inputs.items()}
 
 
-class _Batches:
+class Batches:
     """Makes inputs to time engines with: the golden ones, or examples where a length is wanted."""
 
     def __init__(self, manifest: Manifest, recorded: Golden) -> None:

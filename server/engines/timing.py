@@ -5,11 +5,12 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from layercast.server.engines.base import Inputs, Outputs
 from layercast.server.engines.choice import Buckets, Candidate, Choice
+from layercast.server.inline import limit
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +28,18 @@ _WARM: Final = 3
 _HOPELESS: Final = 5.0
 _CROWDED: Final = 1.2
 _LONG: Final = 0.001
+_SHARED: Final = 1.15
+"""How much longer several threads work on a batch together than one does alone, at most."""
 _OTHERS: Final = 2
 """What the processors' time is worth to others, against a batch's own duration: while it runs, the event loop answers
 the last one and reads the next, and threads that share a forward wait for each other longer the busier it is."""
+_OTHERS_MEANWHILE: Final = 0.5
+"""The same for a batch that runs on the event loop: all that it answers and reads waits then, whatever is free."""
 
 _EXTRA: Final = 0.2
 """By how much the logarithms of costs must fall for an engine beside the main one: a fifth of one bucket's cost."""
+_EXTRA_THREADS: Final = 0.1
+"""The same for one that is the main one with other threads."""
 
 Run = Callable[[Inputs], Outputs]
 Batch = Callable[[int, int], Inputs]
@@ -66,29 +73,38 @@ def durations(run: Run, inputs: Inputs, runs: int) -> list[float]:
 
 
 def fastest(
-    runs: Mapping[Candidate, Run], batch: Batch, buckets: Buckets, processors: int, clock: Callable[[], Instant] = now
+    runs: Mapping[Candidate, Run],
+    batch: Batch,
+    buckets: Buckets,
+    processors: int,
+    here: Collection[Candidate] = (),
+    clock: Callable[[], Instant] = now,
 ) -> tuple[Choice, Costs]:
     """Time `runs` on every bucket and return the choice, and what it rests on.
 
     A batch costs its duration and, twice, the share of the `processors` that it took, which other models and the event
-    loop would have had: two threads that halve a duration are worth it, two that save a fourth of it are not.
+    loop would have had: two threads that halve a duration are worth it, two that save a fourth of it are not. Where
+    those `here` are so quick that it runs on the event loop, its duration counts for more.
     """
     costs: Costs = {}
     for length in buckets.lengths:
         for rows in buckets.rows:
-            measured = _measure(runs, batch, rows, length, processors, clock)
+            measured = _measure(runs, batch, rows, length, clock)
             if measured is None:
                 break
-            costs[length, rows], seconds = measured
-            if seconds > SLOW:
+            readings, failed = measured
+            quickest = min((_least(taken) for one, taken in readings.items() if one in here), default=math.inf)
+            others = _OTHERS_MEANWHILE if quickest <= limit(rows) else _OTHERS
+            costs[length, rows] = _costs(readings, others / processors) | dict.fromkeys(failed, math.inf)
+            if min(map(_least, readings.values())) > SLOW:
                 break
     return choose(list(runs), buckets, costs), costs
 
 
 def _measure(
-    runs: Mapping[Candidate, Run], batch: Batch, rows: int, length: int, processors: int, clock: Callable[[], Instant]
-) -> tuple[dict[Candidate, float], float] | None:
-    """Return what a batch costs on each candidate, and the seconds on the quickest; None when it runs on none.
+    runs: Mapping[Candidate, Run], batch: Batch, rows: int, length: int, clock: Callable[[], Instant]
+) -> tuple[dict[Candidate, list[Instant]], list[Candidate]] | None:
+    """Return what runs of a batch took on each candidate, and those that it fails on; None when it runs on none.
 
     Candidates take turns, so that what disturbs the machine for a moment disturbs all.
     """
@@ -98,7 +114,7 @@ def _measure(
         logger.warning("no batch of %d rows, %d long, to time engines with: %s", rows, length, error)
         return None
     readings: dict[Candidate, list[Instant]] = {candidate: [] for candidate in runs}
-    failed: dict[Candidate, float] = {}
+    failed: list[Candidate] = []
     began = clock().wall
     for at in range(_ROUNDS):
         if at >= _LEAST_ROUNDS and clock().wall - began > _ENOUGH:
@@ -108,11 +124,9 @@ def _measure(
                 readings[candidate].append(_once(runs[candidate], inputs, clock))
             except Exception as error:  # of a program that takes only some sizes, say
                 logger.warning("%s fails at %d rows: %s: %s", candidate, rows, type(error).__name__, error)
-                failed[candidate] = math.inf
+                failed.append(candidate)
                 del readings[candidate]
-    if not readings:
-        return None
-    return _costs(readings, processors) | failed, min(map(_least, readings.values()))
+    return (readings, failed) if readings else None
 
 
 def _hopeful(readings: Mapping[Candidate, list[Instant]], at: int) -> list[Candidate]:
@@ -123,19 +137,24 @@ def _hopeful(readings: Mapping[Candidate, list[Instant]], at: int) -> list[Candi
     return [candidate for candidate, taken in readings.items() if _least(taken) <= limit]
 
 
-def _costs(readings: Mapping[Candidate, list[Instant]], processors: int) -> dict[Candidate, float]:
-    """Return what each candidate costs, in seconds.
+def _costs(readings: Mapping[Candidate, list[Instant]], others: float) -> dict[Candidate, float]:
+    """Return what each candidate costs, in seconds; a second of processors' time costs `others`.
 
     The least duration counts, since whatever else runs only ever adds. On a machine that is busy, which shows where
     one thread takes longer than its processor's time, no run that is long is left alone, and several threads find no
-    free processors; there the processors' time, evenly spread, is taken for the duration.
+    free processors; there the processors' time, evenly spread, is taken for the duration. Threads that wait for each
+    other in vain spin meanwhile, which is no work: what one alone works tells how much that is at most.
     """
     typical = {candidate: statistics.median(one.cpu for one in taken) for candidate, taken in readings.items()}
     alone = [one.wall / one.cpu for c, taken in readings.items() if c.threads == 1 for one in taken if one.cpu > 0]
     several = any(candidate.threads > 1 for candidate in readings)
     busy = several and bool(alone) and statistics.median(alone) > _CROWDED and min(typical.values()) > _LONG
+    if busy:
+        for candidate, cpu in typical.items():
+            one = typical.get(candidate._replace(threads=1), math.inf)
+            typical[candidate] = min(cpu, _SHARED * one)
     return {
-        candidate: (cpu / candidate.threads if busy else _least(readings[candidate])) + _OTHERS * cpu / processors
+        candidate: (cpu / candidate.threads if busy else _least(readings[candidate])) + others * cpu
         for candidate, cpu in typical.items()
     }
 
@@ -160,6 +179,9 @@ def choose(candidates: list[Candidate], buckets: Buckets, costs: Costs) -> Choic
     if not costs:
         return Choice.only(candidates[0], buckets)
 
+    def extra(candidate: Candidate) -> float:
+        return 0.0 if candidate == main else _EXTRA_THREADS if candidate.engine == main.engine else _EXTRA
+
     def loss(cells: Iterable[dict[Candidate, float]], candidate: Candidate) -> float:
         return sum(math.log(cost.get(candidate, math.inf)) for cost in cells)
 
@@ -169,7 +191,7 @@ def choose(candidates: list[Candidate], buckets: Buckets, costs: Costs) -> Choic
         cells = [cost for (of, _), cost in costs.items() if of == length]
         plans = [
             (
-                _EXTRA * len({small, large} - {main}) + loss(cells[:at], small) + loss(cells[at:], large),
+                sum(map(extra, {small, large})) + loss(cells[:at], small) + loss(cells[at:], large),
                 small,
                 large,
                 at,

@@ -33,15 +33,19 @@ class View(NamedTuple):
 class Form:
     """Requests whose inputs have these shapes, and that ask for the same. `group` says who shares a forward with them.
 
-    `taps` are the layers that they ask for, `predict` tells whether they ask for outputs too.
+    `length` is the size of the dimension that is padded when lengths differ, 0 where there is none. `taps` are the
+    layers that they ask for, `predict` tells whether they ask for outputs too.
     """
 
-    __slots__ = ("group", "kind", "predict", "rows", "sizes", "taps", "template", "views")
+    __slots__ = ("group", "kind", "length", "predict", "rows", "sizes", "taps", "template", "views")
 
-    def __init__(self, views: Sequence[View], sizes: tuple[int, ...], wanted: Wanted, template: Template) -> None:
+    def __init__(
+        self, views: Sequence[View], sizes: tuple[int, ...], length: int, wanted: Wanted, template: Template
+    ) -> None:
         self.views = views
         self.sizes = sizes
         self.rows = views[0].shape[0]
+        self.length = length
         self.taps = wanted.taps
         self.predict = bool(wanted.outputs)
         self.kind: Kind = "features" if self.taps else "predict"

@@ -255,7 +255,7 @@ def _begin_at_once(waiting: Sequence[Gathered]) -> bool:
     if many == 1 or any(each.form is not form for each in known):
         return False
     rows = form.rows * many
-    if not (model.takes_together(rows, sum(form.sizes) * many) and model.batcher.runs_at_once(rows, many)):
+    if not (model.takes_together(rows, sum(form.sizes) * many) and model.batcher.runs_at_once(rows, many, form.length)):
         return False
     inputs = form.together([each.contents for each in known])
     if inputs is None:

@@ -148,7 +148,10 @@ class Plain:
         ]
         if results not in self._templates:
             self._templates[results] = Template(self._manifest, shapes[0][0], self._limit, results)
-        return Form(views, sizes, wanted, self._templates[results])
+        length = next(
+            (shape[1] for (spec, _), shape in zip(self._inputs, shapes, strict=True) if spec.pad is not None), 0
+        )
+        return Form(views, sizes, length, wanted, self._templates[results])
 
 
 def _names(request: ModelInferRequest) -> Names | None:

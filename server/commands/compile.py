@@ -1,0 +1,112 @@
+"""`layercast compile`: make native code of the modules that run for every request, which the server then uses."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+from layercast.server import compiled
+
+# mypyc needs the types of our own modules and of numpy; of what is left out here it reads hundreds of files.
+_CONFIGURATION: Final = """\
+[mypy]
+mypy_path = .
+namespace_packages = True
+explicit_package_bases = True
+ignore_missing_imports = True
+
+[mypy-torch.*,torchvision.*,onnx.*,onnxruntime.*,onnxscript.*,transformers.*,pyarrow.*,sklearn.*,matplotlib.*,\
+starlette.*,uvicorn.*,rich.*,pydantic.*,pydantic_settings.*]
+follow_imports = skip
+"""
+_LINES: Final = 15
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to."""
+    parser.add_argument(
+        "--output", type=Path, default=compiled.default_folder(), metavar="DIR",
+        help="folder, if not the one in this installation; tell `layercast serve --compiled DIR`",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile, unless that was done; 1 when something is missing or the compiler fails."""
+    target: Path = args.output / compiled.made_of()
+    if target.is_dir():
+        print(f"already compiled: {target}")
+        return 0
+    if missing := _missing():
+        print(f"layercast compile: {missing}", file=sys.stderr)
+        return 1
+    began = time.perf_counter()
+    args.output.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=args.output, prefix=".") as work:
+        if failed := _compile(Path(work)):
+            print(f"layercast compile: the compiler failed, and the server runs without:\n{failed}", file=sys.stderr)
+            return 1
+        _keep(Path(work), target)
+    print(f"compiled {len(compiled.MODULES)} modules in {time.perf_counter() - began:.0f} s: {target}")
+    return 0
+
+
+def _missing() -> str:
+    """Return what is missing here, and how to get it."""
+    if find_spec("mypyc") is None or find_spec("setuptools") is None:
+        return "this needs mypy: pip install 'layercast[compile]'"
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    if not shutil.which(compiler):
+        return f"this needs the C compiler {compiler!r}: apt install gcc, or name yours in CC"
+    return ""
+
+
+def _compile(work: Path) -> str:
+    """Compile in the folder `work`; return the last lines of what the compiler said if it failed."""
+    for package in compiled.PACKAGES:
+        shutil.copytree(
+            compiled.source_of(package), work / "layercast" / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    (work / "mypy.ini").write_text(_CONFIGURATION)
+    files = ["/".join(("layercast", *name.split("."))) + ".py" for name in compiled.MODULES]
+    # Not where this process stands: it may be among the sources.
+    command = [sys.executable, "-P", "-m", "mypyc", "--config-file=mypy.ini", *files]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MYPYPATH", "PYTHONPATH")}
+    done = subprocess.run(
+        command,
+        cwd=work,
+        env=environment | {"MYPYC_DEBUG_LEVEL": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return "\n".join(done.stdout.splitlines()[-_LINES:] or ["no output"]) if done.returncode else ""
+
+
+def _keep(work: Path, target: Path) -> None:
+    """Move what was compiled to `target`, all at once, and remove what was compiled of other sources."""
+    made = work / "made"
+    for library in work.glob("*.so"):
+        _move(library, made / library.name)
+    for library in (work / "layercast").rglob("*.so"):
+        _move(library, made / library.relative_to(work))
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.is_dir():  # another was faster
+            raise
+    for old in target.parent.iterdir():
+        if old != target and old.is_dir() and not old.name.startswith("."):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)

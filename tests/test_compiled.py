@@ -1,0 +1,114 @@
+"""The hot path as native code: it answers as the sources do, is used just where it is current, and nothing depends on it."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from module_runs import TESTS, Results, run_modules
+from test_server_inference import offline, request, rows_for, values_of
+from test_server_process import READY, infer, serving
+
+from layercast.client.main import main
+from layercast.server import compiled
+
+FOLDER = TESTS.parent / "build" / "compiled"
+"""Kept from run to run: what is compiled there is named after the sources."""
+MODULES = ("test_server_inference", "test_stream", "test_short", "test_batcher_endings", "test_direct_streams")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    assert main(["compile", "--output", str(FOLDER)]) == 0
+    return FOLDER
+
+
+@pytest.fixture(scope="module")
+def results(folder, repository, tmp_path_factory) -> Results:
+    report = tmp_path_factory.mktemp("compiled") / "report.xml"
+    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "use_compiled")
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    return run_modules(
+        command, report, repository, {"LAYERCAST_TEST_COMPILED": str(folder), "PYTHONPATH": path}, MODULES
+    )
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("module", MODULES)
+def test_the_module_passes_with_compiled_code(results, module):
+    results.assert_passed(module)
+
+
+def test_nothing_fails_there_beside_the_tests(results):
+    results.assert_nothing_else_failed()
+
+
+def test_a_server_uses_it_and_says_so(folder, repository, modules):
+    with serving(repository, "--compiled", str(folder)) as server:
+        ready = server.read_until(READY)
+        assert any(line.endswith("; compiled") for line in server.lines)
+        rows = rows_for("mnist", 5)
+        answer = infer(ready[1], request("mnist", rows))
+        np.testing.assert_allclose(values_of(answer), offline(modules["mnist"], rows), rtol=1e-4, atol=1e-5)
+
+
+def test_without_current_code_the_sources_run(tmp_path):
+    assert not compiled.use(tmp_path / "absent")
+    (tmp_path / "of other sources").mkdir()
+    before = list(sys.path)
+    assert not compiled.use(tmp_path)
+    assert sys.path == before
+    assert not compiled.in_use()
+
+
+def test_modules_that_are_imported_already_are_not_replaced(tmp_path):
+    import layercast.server.work  # noqa: F401
+
+    (tmp_path / compiled.made_of()).mkdir()
+    with pytest.raises(RuntimeError, match="imported before"):
+        compiled.use(tmp_path)
+
+
+def test_other_sources_have_another_name(tmp_path, monkeypatch):
+    for package in compiled.PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "one.py").write_text("A = 1\n")
+    monkeypatch.setattr(compiled, "source_of", lambda package: tmp_path / package)
+    names = {compiled.made_of()}
+    (tmp_path / "server" / "one.py").write_text("A = 2\n")
+    names.add(compiled.made_of())
+    (tmp_path / "server" / "one.py").rename(tmp_path / "server" / "two.py")
+    names.add(compiled.made_of())
+    (tmp_path / "proto" / "one.pyi").write_text("A: int\n")
+    names.add(compiled.made_of())
+    assert len(names) == 4
+    (tmp_path / "proto" / "notes.txt").write_text("nothing that is compiled")
+    assert compiled.made_of() in names
+
+
+def test_without_a_compiler_it_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert main(["compile", "--output", str(tmp_path / "out")]) == 1
+    assert "layercast compile: this needs the C compiler 'no-such-compiler': apt install gcc" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "MODULES", ("server.text",))
+    monkeypatch.setenv("CC", "false")
+    assert main(["compile", "--output", str(tmp_path)]) == 1
+    assert "the compiler failed, and the server runs without" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_made_of_other_sources_goes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "MODULES", ("server.text",))
+    (tmp_path / "of other sources").mkdir()
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    (only,) = tmp_path.iterdir()
+    assert only.name == compiled.made_of()
+    assert [path.suffix for path in only.glob("layercast/server/text.*")] == [".so"]
+    assert "compiled 1 modules" in capsys.readouterr().out
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert "already compiled" in capsys.readouterr().out
