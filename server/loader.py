@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import Manifest
 from layercast.server import memory, processors, tapping
 from layercast.server.engines import cuda
-from layercast.server.engines.base import Engine, EngineError, Tapping
+from layercast.server.engines.base import EngineError, Tapping
 from layercast.server.engines.choice import Choice
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.inline import inline_of, lengths_of
@@ -68,19 +68,19 @@ def load(
         recorded = golden(directory, manifest)
         choice, first = select(source, settings, recorded, choices)
         manifest.verify_files(directory)  # what was loaded was verified as it was read
-        if choice.instances > asked:
-            own, devices = 1, devices * choice.instances
-            source = replace(source, threads=own)
+        many = choice.instances
+        if many > asked:
+            own, devices = 1, devices * many
             torch.set_num_threads(own)
-        every = _every(source, first, choice, recorded, devices)
+        every = _instances(replace(source, threads=own), first, choice, recorded, devices)
     manifest = restricted(manifest, settings)  # first: nothing is compiled for layers that nobody may ask for
-    readers = _readers(source, manifest, settings, choice, every, recorded)
+    readers = _readers(manifest, settings, every, recorded)
     manifest, note = _shown(source, manifest, first.eager, readers[0], recorded)
-    for candidate in choice.used:
-        _warm_up([engines.fast[candidate] for engines in every], recorded, settings.max_batch)
+    for like in filter(None, (every[:many], every[many:])):
+        _warm_up(like, recorded, settings.max_batch)
     runners = tuple(
-        Runner(manifest, engines.chosen(choice, manifest), engines.eager, taps)
-        for engines, taps in zip(every, readers, strict=True)
+        Runner(manifest, each.engines.chosen(each.choice, manifest), each.engines.eager, taps)
+        for each, taps in zip(every, readers, strict=True)
     )
     one_row = golden_rows(recorded, 1)
     warmup_ms = statistics.median(durations(runners[0].fast.run, one_row, _TIMED_RUNS)) * 1000
@@ -89,38 +89,49 @@ def load(
         inline = inline_of(runners[0].fast, directory, manifest, batch, choice.buckets.rows, lengths)
     memory.release()  # of what was read, and of engines that run nothing
     seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
-    copies = 1 if _shares(source) else len(runners)
-    return Loaded(manifest, settings, runners, own, seconds, warmup_ms, note, str(choice), inline, cards, copies)
+    copies, alone = 1 if _shares(every[0].source) else many, next(iter(runners[many:]), None)
+    return Loaded(
+        manifest, settings, runners[:many], own, seconds, warmup_ms, note, str(choice), inline, cards, copies, alone
+    )
 
 
-def _every(
+class _Instance(NamedTuple):
+    """What an instance loads from and computes with, and which of its engines runs which batch."""
+
+    source: Source
+    choice: Choice
+    engines: Engines
+
+
+def _instances(
     source: Source, first: Engines, choice: Choice, recorded: Golden, devices: Sequence[torch.device]
-) -> list[Engines]:
-    """Return the engines of each instance, of which the `first` is loaded."""
-    every = [first]
+) -> list[_Instance]:
+    """Return the instances, of which the engines of the `first` are loaded, and last that for lone batches, if any."""
+    every = [_Instance(source, choice, first)]
     for device in devices[1:]:
         if _shares(source):
-            every.append(first.twin(source, recorded))
+            engines = first.twin(source, choice.used, recorded)
         else:
-            every.append(Engines.load(replace(source, device=device), choice.used, recorded, choice.buckets))
+            engines = Engines.load(replace(source, device=device), choice.used, recorded, choice.buckets)
+        every.append(_Instance(source, choice, engines))
+    if choice.alone:
+        whole = replace(source, threads=source.threads * len(devices))
+        every.append(_Instance(whole, choice.alone, first.twin(whole, choice.alone.used, recorded)))
     return every
 
 
 def _readers(
-    source: Source,
-    manifest: Manifest,
-    settings: ModelSettings,
-    choice: Choice,
-    every: Sequence[Engines],
-    recorded: Golden,
+    manifest: Manifest, settings: ModelSettings, every: Sequence[_Instance], recorded: Golden
 ) -> list[Tapping | None]:
     """Return what reads the layers of `manifest` in each instance."""
     # A part of the program would give layers in float32.
     asked = "eager" if settings.precision == "bf16" else settings.engine
-    # A part of the program computes as the whole does: with as many threads as that was measured to be worth.
-    threads = next((candidate.threads for candidate in choice.used if candidate.engine == "onnx"), source.threads)
-    program = tapping.program(source.directory, manifest, source.device, threads, asked)
-    return tapping.readers([engines.eager for engines in every], program, recorded)
+    programs = []
+    for source, choice, _ in every:
+        # A part of the program computes as the whole does: with as many threads as that was measured to be worth.
+        threads = next((candidate.threads for candidate in choice.used if candidate.engine == "onnx"), source.threads)
+        programs.append(tapping.program(source.directory, manifest, source.device, threads, asked))
+    return tapping.readers([each.engines.eager for each in every], programs, recorded)
 
 
 def _shares(source: Source) -> bool:
@@ -169,18 +180,20 @@ def choose_devices(name: str, instances: int) -> list[torch.device]:
     return [torch.device("cuda", int(number))] * instances
 
 
-def _warm_up(instances: Sequence[Engine], recorded: Golden, rows: int) -> None:
+def _warm_up(instances: Sequence[_Instance], recorded: Golden, rows: int) -> None:
     """Run the largest batch once on all at the same time: memory is taken now, or seen not to be there."""
     times = f", {len(instances)} times at once," if len(instances) > 1 else ""
     text = f"{rows} rows, which are max_batch, take{times} more memory than there is; set a lower max_batch"
-    inputs, own = golden_rows(recorded, rows), torch.get_num_threads()
-    with ThreadPoolExecutor(len(instances), "layercast-warm", processors.prepare, (own,)) as pool:
-        runs = [pool.submit(memory.within, partial(engine.run, inputs), lambda: text) for engine in instances]
-    try:
-        for run in runs:
-            run.result()
-    except OutOfMemory as error:
-        raise LoadError(str(error)) from None
+    inputs, (source, choice, _) = golden_rows(recorded, rows), instances[0]
+    for candidate in choice.used:
+        with ThreadPoolExecutor(len(instances), "layercast-warm", processors.prepare, (source.threads,)) as pool:
+            engines = [each.engines.fast[candidate] for each in instances]
+            runs = [pool.submit(memory.within, partial(engine.run, inputs), lambda: text) for engine in engines]
+        try:
+            for run in runs:
+                run.result()
+        except OutOfMemory as error:
+            raise LoadError(str(error)) from None
 
 
 def _without_paths(text: str, directory: Path) -> str:

@@ -33,9 +33,10 @@ class Loaded:
     """A version that was loaded, checked and warmed up.
 
     `runners` are its instances, with so many `copies` of the weights between them; each computes with `threads`
-    threads. `warmup_ms` is one warm forward of one row, `note` what an operator should know of a version that answers,
-    `engines` which engine runs which batch of plain predictions, and in how many instances, `inline` which batches are
-    short enough for the event loop. `cards` is the CUDA device of each instance, if they run on any.
+    threads. `alone`, if any, is one more, which computes with those of all a batch beside which nothing runs.
+    `warmup_ms` is one warm forward of one row, `note` what an operator should know of a version that answers, `engines`
+    which engine runs which batch of plain predictions, and in how many instances, `inline` which batches are short
+    enough for the event loop. `cards` is the CUDA device of each instance, if they run on any.
     """
 
     manifest: Manifest
@@ -49,6 +50,7 @@ class Loaded:
     inline: Inline = NOWHERE
     cards: tuple[int, ...] = ()
     copies: int = 1
+    alone: Runner | None = None
 
     @property
     def runner(self) -> Runner:
@@ -104,18 +106,19 @@ class ServedModel:
         self._free = asyncio.Event()
         self._free.set()
         loop = asyncio.get_running_loop()
-        engines = [runner.eager for runner in loaded.runners if runner.eager]
+        every = [*loaded.runners, *filter(None, [loaded.alone])]
+        engines = [runner.eager for runner in every if runner.eager]
         for engine in engines:
             engine.on_stopped = partial(_told, loop, monitor.stopped_early)
         monitor.watch_hooks(partial(_hooks, [weakref.ref(engine) for engine in engines]))
-        for runner in loaded.runners:
+        for runner in every:
             runner.on_tapped = partial(_told, loop, monitor.read_by)
             if isinstance(runner.taps, TappedEngine):
                 runner.taps.on_stopped = partial(_told, loop, monitor.stopped_early)
-        places = processors.Places(loaded.threads, 1 if loaded.cards else len(loaded.runners))
+        places = processors.Places(loaded.threads, len(loaded.runners), bool(loaded.cards))
         limits = replace(loaded.limits, together=together)
         self.gathers = self._batching and limits.gathers
-        self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, places.take)
+        self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, places.take, loaded.alone)
         self.streams = OpenStreams(self.manifest.name, loaded.limits.queue_bytes, monitor)
 
     def hold(self, many: int = 1) -> None:

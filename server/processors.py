@@ -26,7 +26,8 @@ _models: Final = itertools.count(os.getpid())
 
 def prepare(threads: int) -> None:
     """Let the calling thread compute with so many threads. See also `denormals_are_zero`."""
-    torch.set_num_threads(threads)  # each thread has its own number
+    torch.get_num_threads()  # a thread's first question, or forward, gives it the number that was set last anywhere
+    torch.set_num_threads(threads)  # from then on each thread has its own
     torch.set_flush_denormal(True)
 
 
@@ -35,17 +36,24 @@ class Places:
 
     The system may put two instances on one processor, with the event loop or alone, while another is idle, and leave
     them there for milliseconds: a fifth of the processors' time was lost so. Each model begins with another processor,
-    since of each the first instance is the busiest.
+    since of each the first instance is the busiest. Instances on `cards` have no processors of their own.
     """
 
-    def __init__(self, threads: int, instances: int) -> None:
+    def __init__(self, threads: int, instances: int, cards: bool = False) -> None:
         self._threads = threads
         self._instances = instances
+        self._cards = cards
         self._first = next(_models)
 
     def take(self, at: int) -> None:
-        """Let the calling thread, that of the instance number `at`, compute on its own processors."""
-        prepare(self._threads)
+        """Let the calling thread, that of the instance number `at`, compute on its own processors.
+
+        The one after the last computes what runs alone: on those of all.
+        """
+        prepare(self._threads * (1 if at < self._instances else self._instances))
+        if self._cards:
+            return
+        _wait_for_turns()
         if own := self.share(at):
             with suppress(OSError):  # forbidden here: it runs on all
                 os.sched_setaffinity(0, own)
@@ -57,10 +65,20 @@ class Places:
         another.
         """
         threads, many = self._threads, self._instances
-        if many == 1 or cpu_budget() < len(_ALL) or threads * many != len(_ALL):
+        if many == 1 or at >= many or cpu_budget() < len(_ALL) or threads * many != len(_ALL):
             return set()
         begin = (self._first + at) % many * threads
         return set(_ALL[begin : begin + threads])
+
+
+def _wait_for_turns() -> None:
+    """Let the calling thread, when it wakes, put no other aside: the event loop, say, which is soon done.
+
+    Unlike one of lower priority it keeps its fair share of the processors.
+    """
+    with suppress(AttributeError, OSError):  # only Linux has it, and it may be forbidden
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def on_all() -> None:

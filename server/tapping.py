@@ -36,18 +36,20 @@ def program(
 
 
 def readers(
-    eagers: Sequence[EagerEngine | None], program: OnnxProgram | None, recorded: Golden
+    eagers: Sequence[EagerEngine | None], programs: Sequence[OnnxProgram | None], recorded: Golden
 ) -> list[Tapping | None]:
-    """Return what reads the available layers of each instance by its eager engine and `program`; None if neither can.
+    """Return what reads the available layers of each instance by its eager engine and program; None if neither can.
 
-    All have an eager engine, or none has; then they share one session.
+    All have an eager engine, or none has; then they share one session. They differ in the threads of their programs.
     """
-    if program is None:
+    first = programs[0]
+    if first is None:
         return list(eagers)
-    plain: list[Tapping | None] = list(eagers) if all(eagers) else [_whole(program, recorded)] * len(eagers)
-    if program.bytes > _MOST_BYTES:
+    plain: list[Tapping | None] = list(eagers) if all(eagers) else [_whole(first, recorded)] * len(eagers)
+    if first.bytes > _MOST_BYTES:
         return plain
-    return [TappedEngine(each, program, len(plain)) if each else None for each in plain]
+    pairs = zip(plain, programs, strict=True)
+    return [TappedEngine(each, program, len(plain)) if each and program else None for each, program in pairs]
 
 
 def without_module(manifest: Manifest, taps: Tapping | None, reason: str) -> tuple[Manifest, str]:

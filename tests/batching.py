@@ -85,14 +85,14 @@ class Held:
 
 @asynccontextmanager
 async def batching(
-    *runs: Run, max_batch: int = 8, delay: float = 0.0, queue_rows: int = 100, **limits: Any
+    *runs: Run, max_batch: int = 8, delay: float = 0.0, queue_rows: int = 100, alone: Run | None = None, **limits: Any
 ) -> AsyncIterator[tuple[Batcher, Recorder]]:
     recorder = Recorder()
-    batcher = Batcher("m", runs or [negate], Limits(max_batch, delay, queue_rows, **limits), recorder)
+    batcher = Batcher("m", runs or [negate], Limits(max_batch, delay, queue_rows, **limits), recorder, alone=alone)
     try:
         yield batcher, recorder
     finally:
-        for run in runs:
+        for run in (*runs, alone):
             if isinstance(run, Held):
                 run.leave.set()
         await batcher.close()

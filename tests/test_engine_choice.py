@@ -41,12 +41,15 @@ def artefact(tmp_path_factory) -> Path:
 
 
 class Timed:
-    """Stands for the timing: tells what was tried, and chooses what the test says. Several instances gain `gain`."""
+    """Stands for the timing: tells what was tried, and chooses what the test says.
+
+    Several instances gain `gain`; a lone batch takes `part` of the time on all processors.
+    """
 
     def __init__(self, *chosen: Candidate) -> None:
         self.chosen = chosen
         self.tried: list[list[Candidate]] = []
-        self.gain, self.inline = 0.0, NOWHERE
+        self.gain, self.part, self.inline = 0.0, 1.0, NOWHERE
 
     def __call__(
         self, runs: Any, batch: Any, buckets: Buckets, processors: int, here: Any
@@ -61,6 +64,7 @@ def timed(monkeypatch) -> Timed:
     fake = Timed(TWO)
     monkeypatch.setattr(timing, "fastest", fake)
     monkeypatch.setattr(instances, "gain", lambda *timed: fake.gain)
+    monkeypatch.setattr(instances, "part", lambda *timed: fake.part)
     monkeypatch.setattr(selection, "inline_of", lambda *timed: fake.inline)
     return fake
 
@@ -94,7 +98,10 @@ def test_a_choice_is_measured_once_and_kept(artefact, tmp_path, timed):
         b'{"cells": [[["onnx", 3]]]}',
         json.dumps({"cells": [[TWO] * 7]}).encode(),
         json.dumps({"cells": [[TWO] * 7], "instances": "two"}).encode(),
-        json.dumps({"cells": [[TWO] * 7], "instances": 0}).encode(),
+        json.dumps({"cells": [[TWO] * 7], "instances": 0, "alone": None}).encode(),
+        json.dumps({"cells": [[TWO] * 7], "instances": 1}).encode(),
+        json.dumps({"cells": [[TWO] * 7], "instances": 1, "alone": [[TWO] * 6]}).encode(),
+        json.dumps({"cells": [[TWO] * 7], "instances": 1, "alone": [[["onnx", 3]] * 7]}).encode(),
         b"[" * 100_000,
     ],
 )
@@ -193,7 +200,7 @@ def test_where_several_instances_gain_they_run_and_share_the_weights(artefact, t
 @pytest.mark.parametrize(
     ("gain", "inline", "settings"),
     [
-        (1.0, NOWHERE, {}),
+        (0.9, NOWHERE, {}),
         (2.0, up_to(0, 16), {}),
         (2.0, up_to(0, 4), {"max_batch": 4}),
         (2.0, NOWHERE, {"instances": 1}),

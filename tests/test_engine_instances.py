@@ -11,7 +11,7 @@ import torch
 
 from layercast.server import processors
 from layercast.server.engines.choice import Buckets
-from layercast.server.engines.instances import Team, gain
+from layercast.server.engines.instances import Team, gain, part
 
 BUCKETS = Buckets((1, 2, 4, 8, 16, 32))
 
@@ -69,6 +69,37 @@ def test_what_fails_several_times_at_once_runs_once(caplog):
 
     assert Machine(lambda rows: 1, broken).gain() == 0
     assert "not from two threads" in caplog.text
+
+
+SIZES = [(0, rows, rows > 2) for rows in BUCKETS.rows]
+
+
+def shorter(alone, shared, sizes=SIZES):
+    """Return what `part` says where a batch takes so many microseconds by its rows, and the rows that were run."""
+    machine = Machine(alone, shared)
+    found = part(
+        machine.single, lambda inputs: machine.at_once(len, inputs), machine.batch, sizes, lambda: machine.wall
+    )
+    return found, set(machine.runs)
+
+
+def test_a_batch_that_runs_alone_is_compared_where_it_would_run_elsewhere_and_is_else_the_same():
+    assert shorter(lambda rows: 50 * rows, lambda rows: 100 * rows) == (pytest.approx(0.5 ** (4 / 6)), {4, 8, 16, 32})
+    assert shorter(lambda rows: 1, lambda rows: 2, [(0, 1, False), (0, 2, False)]) == (1, set())
+
+
+def test_of_slow_batches_alone_only_the_smallest_of_each_length_runs():
+    sizes = [(length, rows, True) for length in (16, 64) for rows in (1, 2, 4)]
+    found, ran = shorter(lambda rows: 9_000 * rows, lambda rows: 18_000 * rows, sizes)
+    assert (found, ran) == (pytest.approx(0.5), {1, 2})
+
+
+def test_what_fails_alone_has_no_engine_for_it(caplog):
+    def broken(rows: int) -> float:
+        raise RuntimeError("no such size")
+
+    assert shorter(broken, lambda rows: 100) == (1, {4})
+    assert "no such size" in caplog.text
 
 
 def test_a_team_runs_at_the_same_time_with_one_thread_each_and_passes_errors_on():
@@ -138,6 +169,49 @@ def test_a_thread_keeps_to_its_processors_and_one_that_it_starts_may_leave_them(
     thread.join()
     assert found == [(places.share(0) or allowed, 1, True), allowed]
     assert os.sched_getaffinity(0) == allowed
+
+
+def taken(places, at):
+    """Return what a thread has that takes the place of instance `at`: processors, policy, and threads of torch."""
+    found = []
+
+    def prepared():
+        places.take(at)
+        found.extend([os.sched_getaffinity(0), os.sched_getscheduler(0), torch.get_num_threads()])
+
+    thread = threading.Thread(target=prepared)
+    thread.start()
+    thread.join()
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has policies")
+def test_threads_of_instances_put_no_other_aside_and_what_runs_alone_has_all_processors():
+    allowed = os.sched_getaffinity(0)
+    places = processors.Places(1, len(allowed))
+    own = [taken(places, at) for at in range(len(allowed))]
+    assert own == [[places.share(at) or allowed, os.SCHED_BATCH, 1] for at in range(len(allowed))]
+    assert taken(places, len(allowed)) == [allowed, os.SCHED_BATCH, len(allowed)]
+    assert taken(processors.Places(2, 1), 0) == [allowed, os.SCHED_BATCH, 2]
+    assert taken(processors.Places(2, 3, cards=True), 1) == [allowed, os.SCHED_OTHER, 2], "those wait for their card"
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has policies")
+def test_a_policy_that_is_forbidden_or_was_chosen_for_the_server_stays(monkeypatch):
+    def forbidden(*asked):
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_setscheduler", forbidden)
+        assert taken(processors.Places(2, 1), 0)[1:] == [os.SCHED_OTHER, 2]
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "sched_setscheduler")  # another system
+        assert taken(processors.Places(2, 1), 0)[1:] == [os.SCHED_OTHER, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getscheduler", lambda pid: os.SCHED_IDLE)
+        patch.setattr(os, "sched_setscheduler", lambda *asked: pytest.fail("the server's own was changed"))
+        assert taken(processors.Places(2, 1), 0)[2] == 2
 
 
 def test_small_numbers_are_themselves_again_after_a_load():

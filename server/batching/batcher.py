@@ -32,7 +32,7 @@ class Batcher:
     """Admits works, gathers those that may share a forward, runs them and answers each. One a model version.
 
     `runs` are the model's instances: as many batches run at the same time. `prepare` is called once in each
-    thread, with the number of its instance.
+    thread, with the number of its instance. `alone`: see `Forwards`.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Batcher:
         limits: Limits,
         observer: Observer,
         prepare: Callable[[int], None] | None = None,
+        alone: Run | None = None,
     ) -> None:
         self._name = name
         self._limits = limits
@@ -50,7 +51,8 @@ class Batcher:
         self._endings = Endings(observer)
         self._admission = Admission(name, limits, self._queue, self._endings, self._end)
         self._pace = Pace()
-        self._forwards = Forwards(name, runs, prepare, limits, self._answer, self._fail, self._look, self._settle)
+        tell = self._answer, self._fail, self._look, self._settle
+        self._forwards = Forwards(name, runs, prepare, limits, *tell, alone)
         self._loop = asyncio.get_running_loop()
         self._next_look: asyncio.Handle | None = None
         self._delay_over: asyncio.TimerHandle | None = None
@@ -286,7 +288,7 @@ class Batcher:
         for work in batch.works:
             work.started = now
             waited((now - work.arrived) / 1e9, work.requests)
-        return self._forwards.start(batch, here or self._patience.here)
+        return self._forwards.start(batch, here or self._patience.here, not held.works)
 
     def _look_after_delay(self, now: int) -> None:
         if oldest := self._queue.oldest():

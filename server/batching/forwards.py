@@ -42,7 +42,8 @@ class Forwards:
 
     `answer` is given what each forward gave, `fail` the works that get no answer, and why. `freed` is called when
     an instance can take the next batch, `over` when the works of one that ran in a thread are told. `limits` say which
-    batches run on the loop.
+    batches run on the loop. `alone`, if given, runs in place of an instance a batch beside which nothing else of the
+    model runs or waits; its thread is prepared as that of the instance after the last.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Forwards:
         fail: Fail,
         freed: Callable[[], None],
         over: Callable[[], None],
+        alone: Run | None = None,
     ) -> None:
         self.running: set[Work] = set()
         self._name = name
@@ -65,13 +67,14 @@ class Forwards:
         self._over = over
         self._inline_runs = self._wary_until = 0
         self._surprises: deque[int] = deque(maxlen=_MOST_SURPRISES)
-        self._alone: set[asyncio.Task[None]] = set()
+        self._apart_tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._instances = [
             Instance(f"layercast-{name}-{at}", run, prepare and partial(prepare, at)) for at, run in enumerate(runs)
         ]
         # The one that ran last runs next, as long as it is enough: its memory is still in the processor's caches.
         self._free = self._instances[::-1]
+        self._alone = alone and Instance(f"layercast-{name}-alone", alone, prepare and partial(prepare, len(runs)))
 
     def __len__(self) -> int:
         """Return how many batches run at the same time at most."""
@@ -92,18 +95,20 @@ class Forwards:
         """Tell whether that would take longer than anything but what answers so many requests may take."""
         return self.inline(rows, requests, length) and not self._on_loop.takes(rows, 0, length)
 
-    def start(self, batch: Batch, here: bool) -> bool:
+    def start(self, batch: Batch, here: bool, last: bool) -> bool:
         """Run `batch` on a free instance; tell whether it has ended, which is so when it ran on the event loop.
 
-        It does so only if `here`, and only a batch of plain predictions that is short.
+        It does so only if `here`, and only a batch of plain predictions that is short. `last` says that nothing waits.
         """
+        alone = self._alone if last and len(self._free) == len(self._instances) else None
         instance, works = self._free.pop(), batch.works
         self.running.update(works)
         requests = sum(work.requests for work in works) if here else 0
         length = max(work.length for work in works) if self._on_loop.lengths else 0
         short = here and self.inline(batch.rows, requests, length)
         if not short or any(work.taps or work.edits for work in works):
-            instance.start(works, partial(self._ran, instance, batch))
+            # The instance in whose place another runs it stays taken: no more batches run at the same time than that.
+            (alone or instance).start(works, partial(self._ran, instance, batch))
             return False
         began = time.perf_counter_ns()
         ran, error = instance.run_here(works)
@@ -134,15 +139,17 @@ class Forwards:
     def cancel(self) -> None:
         """Tell nobody any more how forwards end."""
         self._closed = True
-        for task in self._alone:
+        for task in self._apart_tasks:
             task.cancel()
 
     async def stop(self, seconds: float) -> None:
         """End the threads; wait so long at most for the forwards that they run."""
-        await asyncio.gather(*(instance.stop(seconds) for instance in self._instances), return_exceptions=True)
+        every = [*self._instances, *filter(None, [self._alone])]
+        await asyncio.gather(*(instance.stop(seconds) for instance in every), return_exceptions=True)
         # What is left refers to itself; a model must not wait for a garbage collection to leave memory.
         self._instances.clear()
         self._free.clear()
+        self._alone = None
 
     def _ran(self, instance: Instance, batch: Batch, ran: Ran | None, error: Exception | None) -> None:
         """Take what an instance's thread gave. The next batch runs while this one is answered."""
@@ -164,8 +171,8 @@ class Forwards:
         if error is None or not _separable(batch.works, error):
             return False
         task = asyncio.get_running_loop().create_task(self._apart(instance, batch, error))
-        self._alone.add(task)
-        task.add_done_callback(self._alone.discard)
+        self._apart_tasks.add(task)
+        task.add_done_callback(self._apart_tasks.discard)
         return True
 
     async def _apart(self, instance: Instance, batch: Batch, error: Exception) -> None:

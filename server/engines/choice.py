@@ -49,12 +49,14 @@ class Buckets:
 class Choice:
     """A candidate for every bucket: `cells[l][r]` runs batches of length bucket l and row bucket r.
 
-    So many `instances` of the model run batches at the same time.
+    So many `instances` of the model run batches at the same time. One that runs while no other does, and nothing waits,
+    runs as `alone` says, if that is given.
     """
 
     buckets: Buckets
     cells: tuple[tuple[Candidate, ...], ...]
     instances: int = 1
+    alone: "Choice | None" = None
 
     @classmethod
     def only(cls, candidate: Candidate, buckets: Buckets, instances: int = 1) -> "Choice":
@@ -63,14 +65,19 @@ class Choice:
 
     @property
     def used(self) -> list[Candidate]:
-        """The candidates that run anything, the one with most buckets first."""
+        """The candidates that run anything, but for lone batches, the one with most buckets first."""
         every = [candidate for row in self.cells for candidate in row]
         return sorted(dict.fromkeys(every), key=lambda candidate: -every.count(candidate))
+
+    @property
+    def loaded(self) -> list[Candidate]:
+        """The candidates that run anything, also those for lone batches."""
+        return list(dict.fromkeys([*self.used, *(self.alone.used if self.alone else ())]))
 
     def __str__(self) -> str:
         """Say in one line what runs what, as an operator reads it: `onnx (1 thread)`, or by rows and length."""
         beside = f"{self.instances} instances: " if self.instances > 1 else ""
-        return beside + self._engines()
+        return beside + self._engines() + (f", alone: {self.alone}" if self.alone else "")
 
     def _engines(self) -> str:
         if len(self.used) == 1:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -17,8 +17,12 @@ logger = logging.getLogger(__name__)
 MOST_TRIED: Final = 8
 """Instances that are tried at most: threads that end and begin forwards more often than that wait for Python's lock."""
 
-WORTH: Final = 1.05
-"""How many times as many rows several must answer: each then runs smaller batches, and a lone row has one processor."""
+WORTH: Final = 0.95
+"""How many times as many rows several must answer. In the server they gain more than measured here, where nothing else
+runs: a forward on all processors waits whenever the event loop, or what else the machine does, has one of them."""
+
+SHORTER: Final = 0.75
+"""What part of the time a batch that runs alone must take on all processors: weights may lie in memory twice for it."""
 
 _ROUNDS: Final = 12
 _LEAST_ROUNDS: Final = 4
@@ -79,6 +83,36 @@ def gain(
             if single > SLOW:
                 break
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else 0.0
+
+
+def part(
+    alone: Run,
+    shared: Run,
+    batch: Batch,
+    sizes: Iterable[tuple[int, int, bool]],
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Return what part of the time on `shared` a batch takes on `alone`, the mean over `sizes`.
+
+    Those are the length and rows of batches, and whether they run on other engines there, the smallest of each length
+    first. Of a length, what follows a slow one is taken for like it.
+    """
+    logarithms: list[float] = []
+    slow: set[int] = set()
+    for length, rows, differs in sizes:
+        if not differs or length in slow:
+            logarithms.append(logarithms[-1] if differs else 0.0)
+            continue
+        try:
+            inputs = batch(rows, length)
+            shorter, longer = _least(lambda: alone(inputs), lambda: shared(inputs), clock)  # noqa: B023
+        except Exception as error:
+            logger.warning("no engine for lone batches, since they fail: %s: %s", type(error).__name__, error)
+            return 1.0
+        logarithms.append(math.log(shorter / longer))
+        if longer > SLOW:
+            slow.add(length)
+    return math.exp(sum(logarithms) / len(logarithms)) if logarithms else 1.0
 
 
 def _least(

@@ -10,7 +10,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -23,7 +23,7 @@ from layercast.server.settings import MOST_INSTANCES, ModelSettings
 
 logger = logging.getLogger(__name__)
 
-_FORMAT: Final = 5
+_FORMAT: Final = 6
 _MOST: Final = 512
 """Files that are kept; the oldest go."""
 
@@ -54,21 +54,19 @@ class Remembered:
             return None
         try:
             content = json.loads(self._path.read_bytes())
-            cells = tuple(
-                tuple(self._candidates[self._candidates.index(Candidate(*cell))] for cell in row)
-                for row in content["cells"]
-            )
-            instances = content["instances"]
+            cells, instances = self._cells(content["cells"]), content["instances"]
+            alone = self._cells(content["alone"]) if content["alone"] else None
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             logger.warning("the engines chosen before can't be read and are timed again: %s", type(error).__name__)
             return None
         wanted = [len(self._buckets.rows)] * len(self._buckets.lengths)
-        if [len(row) for row in cells] != wanted or type(instances) is not int or not 1 <= instances <= MOST_INSTANCES:
+        right = all([len(row) for row in table] == wanted for table in (cells, alone) if table is not None)
+        if not right or type(instances) is not int or not 1 <= instances <= MOST_INSTANCES:
             logger.warning("the engines chosen before are not those of this model and are timed again")
             return None
-        return Choice(self._buckets, cells, instances)
+        return Choice(self._buckets, cells, instances, Choice(self._buckets, alone) if alone else None)
 
     def write(self, choice: Choice, costs: Costs) -> None:
         """Keep `choice`, with what it rests on for whoever reads the file. That it can't be kept is only logged."""
@@ -78,7 +76,13 @@ class Remembered:
             {"length": length, "rows": rows, "microseconds": _microseconds(cost)}
             for (length, rows), cost in costs.items()
         ]
-        content = {"chosen": str(choice), "instances": choice.instances, "cells": choice.cells, "measured": measured}
+        content = {
+            "chosen": str(choice),
+            "instances": choice.instances,
+            "cells": choice.cells,
+            "alone": choice.alone.cells if choice.alone else None,
+            "measured": measured,
+        }
         text = json.dumps(content, indent=1)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +90,10 @@ class Remembered:
             _prune(self._path.parent)
         except OSError as error:
             logger.warning("the engines chosen can't be kept for the next start: %s", error.strerror or error)
+
+    def _cells(self, rows: list[list[list[Any]]]) -> tuple[tuple[Candidate, ...], ...]:
+        """Return cells as JSON has them; ValueError or TypeError for what is none of the candidates."""
+        return tuple(tuple(self._candidates[self._candidates.index(Candidate(*cell))] for cell in row) for row in rows)
 
     def _key(self, manifest: Manifest, device: torch.device) -> str:
         depends = {

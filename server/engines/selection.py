@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
@@ -52,8 +52,8 @@ class Engines:
             check_golden(engine, recorded, source.manifest, source.precision)
         return engines
 
-    def twin(self, source: Source, recorded: Golden) -> Self:
-        """Return engines for another instance on the host, each batch of which is computed by one thread.
+    def twin(self, source: Source, candidates: Sequence[Candidate], recorded: Golden) -> Self:
+        """Return the engines of these `candidates` for another instance on the host, all of which are here.
 
         Sessions and programs without a state run in several threads at once. A module is built anew, since hooks are
         put on it, and its forward may keep things; it shares the parameters.
@@ -61,11 +61,11 @@ class Engines:
         eager = source.eager()
         if eager and self.eager:
             eager.share_parameters(self.eager)
-        shared = {candidate: engine for candidate, engine in self.fast.items() if _is_stateless(engine)}
-        own = source.engines([candidate for candidate in self.fast if candidate not in shared], eager)
+        shared = {candidate: self.fast[candidate] for candidate in candidates if _is_stateless(self.fast[candidate])}
+        own = source.engines([candidate for candidate in candidates if candidate not in shared], eager)
         for engine in dict.fromkeys([eager, *own.values()] if eager else own.values()):
             check_golden(engine, recorded, source.manifest, source.precision)
-        return type(self)({candidate: (shared | own)[candidate] for candidate in self.fast}, eager)
+        return type(self)({candidate: (shared | own)[candidate] for candidate in candidates}, eager)
 
     def chosen(self, choice: Choice, manifest: Manifest) -> Engine:
         """Return the engine that runs every batch as `choice` says."""
@@ -90,8 +90,8 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
         return only, Engines.load(source, candidates, recorded, buckets)
     kept = Remembered(folder, manifest, source.device, candidates, buckets, settings)
     if known := kept.read():
-        engines = Engines.load(source, known.used, recorded, buckets)
-        if engines.fast.keys() == set(known.used):
+        engines = Engines.load(source, known.loaded, recorded, buckets)
+        if engines.fast.keys() == set(known.loaded):
             logger.info("%s: %s, as measured before", manifest.name, known)
             return known, engines
     engines = Engines.load(source, candidates, recorded, buckets)
@@ -107,7 +107,7 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
     tried = ", ".join(map(str, runs))
     logger.info("%s: %s; measured %s in %.1f s", manifest.name, choice, tried, time.perf_counter() - began)
     # What runs nothing leaves memory; layers need the eager one.
-    used = {candidate: engines.fast[candidate] for candidate in choice.used}
+    used = {candidate: engines.fast[candidate] for candidate in choice.loaded}
     if engines.eager and engines.eager not in used.values():
         engines.eager.forget_graphs()
     return choice, Engines(used, engines.eager)
@@ -123,8 +123,8 @@ def _several(source: Source, engines: Engines, one: Choice, costs: timing.Costs,
     inline = inline_of(single, source.directory, manifest, batch, buckets.rows, shortest)
     if inline.takes(enough := min(_MANY, buckets.rows[-1]), enough, shortest[0] if shortest else 0):
         return None  # its batches run on the event loop, which several instances would have to be handed
-    alone = [candidate for candidate in engines.fast if candidate.threads == 1]
-    several = replace(timing.choose(alone, buckets, costs), instances=count)
+    single_threaded = [candidate for candidate in engines.fast if candidate.threads == 1]
+    several = replace(timing.choose(single_threaded, buckets, costs), instances=count)
     team = instances.Team(count)
     try:
         run = engines.chosen(several, manifest).run
@@ -133,7 +133,21 @@ def _several(source: Source, engines: Engines, one: Choice, costs: timing.Costs,
         team.close()
         torch.set_num_threads(count)  # new threads are given what was set last anywhere
     logger.info("%s: %d instances of one thread answer %.2f times as much as one", manifest.name, count, gain)
-    return several if gain > instances.WORTH else None
+    if gain <= instances.WORTH:
+        return None
+    return replace(several, alone=_alone(engines, one, several, manifest, batch))
+
+
+def _alone(engines: Engines, alone: Choice, several: Choice, manifest: Manifest, batch: timing.Batch) -> Choice | None:
+    """Return the choice for a batch beside which nothing runs, where that is clearly faster than as `several` says."""
+    sizes = [
+        (length, rows, mine != other)
+        for length, own, others in zip(several.buckets.lengths, alone.cells, several.cells, strict=True)
+        for rows, mine, other in zip(several.buckets.rows, own, others, strict=True)
+    ]
+    part = instances.part(engines.chosen(alone, manifest).run, engines.chosen(several, manifest).run, batch, sizes)
+    logger.info("%s: alone, a batch takes %.2f of the time on %s", manifest.name, part, alone)
+    return alone if part <= instances.SHORTER else None
 
 
 def golden_rows(recorded: Golden, rows: int) -> Inputs:
