@@ -33,6 +33,10 @@ class Inline:
         """Tell whether any batch does."""
         return any(single for _, single in self.rows)
 
+    def reaches(self, length: int) -> bool:
+        """Tell whether batches of this length may, if they have few rows."""
+        return not self.lengths or length <= self.lengths[-1]
+
     def takes(self, rows: int, requests: int, length: int) -> bool:
         """Tell whether so many rows of so many requests do, the longest of this length."""
         at = bisect_left(self.lengths, length) if self.lengths else 0

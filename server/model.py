@@ -117,9 +117,13 @@ class ServedModel:
                 runner.taps.on_stopped = partial(_told, loop, monitor.stopped_early)
         places = processors.Places(loaded.threads, len(loaded.runners), bool(loaded.cards))
         limits = replace(loaded.limits, together=together)
-        self.gathers = self._batching and limits.gathers
+        self._gathers = self._batching and limits.gathers
         self.batcher = Batcher(self.manifest.name, loaded.runners, limits, monitor, places.take, loaded.alone)
         self.streams = OpenStreams(self.manifest.name, loaded.limits.queue_bytes, monitor)
+
+    def gathers(self, length: int) -> bool:
+        """Tell whether plain requests of this length, which come one by one, wait for each other before the queue."""
+        return self._gathers and self.batcher.limits.inline.reaches(length)
 
     def hold(self, many: int = 1) -> None:
         """Keep the model, which a newer one may replace meanwhile, until `let_go` of as many, which must follow."""

@@ -128,6 +128,12 @@ def test_a_slow_moment_refuses_nothing_for_good():
     assert pace.least("k", 4, 12 + second) == 500
 
 
+def test_a_lone_batch_may_have_the_processors_of_all_instances():
+    pace = Pace(sharers=4)
+    pace.ran("k", 4, 800, now=0)
+    assert [pace.least("k", rows, 1) for rows in (1, 4)] == [25, 100]
+
+
 async def test_a_deadline_that_passes_while_the_rows_run_is_told_apart():
     engine = Held()
     async with batching(engine) as (batcher, recorder):

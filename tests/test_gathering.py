@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from batching import until
-from begin import PEER, Context, Subject, request, sums
+from begin import PEER, Context, Subject, request, served, sums
 from ends import SCENARIOS, Gate, soon
 from gathers import BATCH, Gathering, batches_of_three, ended
 from numeric import Arrays
@@ -18,7 +18,8 @@ from test_short import outcome
 
 from layercast.models.manifest import LayerSpec, TensorSpec
 from layercast.proto.messages import ModelInferResponse
-from layercast.server.inline import NOWHERE
+from layercast.server.inline import NOWHERE, Inline
+from layercast.server.metrics import Metrics
 from layercast.server.service import gathering, scopes
 from layercast.server.service.callers import Callers
 from layercast.server.work import Tap
@@ -87,6 +88,12 @@ async def test_requests_that_waited_run_as_one_on_the_event_loop():
     assert min(waits) > 0
     assert subject.model._holders == 0
     await subject.batcher.close()
+
+
+async def test_texts_that_are_too_long_for_the_loop_wait_for_nobody():
+    model = served(sums, Metrics(), inline=Inline(((4, 4), (2, 2)), (16, 32)))
+    assert [model.gathers(length) for length in (1, 32, 33)] == [True, True, False]
+    await model.batcher.close()
 
 
 async def test_who_has_nobody_to_wait_for_is_answered_after_a_moment():

@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,29 @@ from layercast.server.engines.onnx import open_session
 from layercast.server.inline import Inline
 from layercast.server.loader import load
 from layercast.server.settings import ModelSettings
+
+
+class Positions:
+    """An engine that takes texts of 32 tokens at most."""
+
+    name, device = "onnx", "cpu"
+
+    def run(self, inputs: Any) -> Any:
+        if inputs["tokens"].shape[1] > 32:
+            raise RuntimeError("index 32 is out of bounds")
+        return inputs
+
+
+def test_lengths_that_a_program_does_not_take_are_left_to_whoever_asks_for_them(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(inline, "_steady", lambda *_: True)
+
+    def batch(rows: int, length: int) -> Any:
+        return {"tokens": np.zeros((rows, length), np.int64)}
+
+    manifest = SimpleNamespace(name="texts")
+    found = inline.inline_of(Positions(), tmp_path, manifest, batch, (1, 2), (16, 32, 48, 64))
+    assert found == Inline(((2, 2), (2, 2)), (16, 32))
+    assert "texts fails at 1 rows, 48 long: RuntimeError: index 32 is out of bounds" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class Batcher:
         self._queue = Queue(ripe_rows(limits))
         self._endings = Endings(observer)
         self._admission = Admission(name, limits, self._queue, self._endings, self._end)
-        self._pace = Pace()
+        self._pace = Pace(len(runs) if alone else 1)
         tell = self._answer, self._fail, self._look, self._settle
         self._forwards = Forwards(name, runs, prepare, limits, *tell, alone)
         self._loop = asyncio.get_running_loop()
@@ -275,7 +275,9 @@ class Batcher:
     def _lets_others(self) -> bool:
         """Whether to leave the loop's next pass to models with less to do, before rows hold it up that take longer."""
         held = self._queue.held
-        if not self._passes_left or not self._forwards.holds_up(held.rows, held.requests, self._queue.longest):
+        if not (self._passes_left and self._patience.here):
+            return False
+        if not self._forwards.holds_up(held.rows, held.requests, self._queue.longest):
             return False
         self._passes_left -= 1
         return True

@@ -17,12 +17,14 @@ class _Seen:
 class Pace:
     """The shortest forward of each group within about a second.
 
-    Half of it is taken for the least that the next one takes: other taps may end it earlier. Fewer rows take at least
-    their part of it. What was seen longer ago counts for nothing, so that rows refused because of one slow moment are
-    not refused for good.
+    Half of it is taken for the least that the next one takes: other taps may end it earlier. And of that half just the
+    part that is one's share of `sharers`, whose processors a lone batch may all have. Fewer rows take at least their part
+    of it. What was seen longer ago counts for nothing, so that rows refused because of one slow moment are not refused
+    for good.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sharers: int = 1) -> None:
+        self._sharers = sharers
         self._shortest: dict[Hashable, _Seen] = {}
 
     def ran(self, key: Hashable, rows: int, compute_ns: int, now: int) -> None:
@@ -38,4 +40,4 @@ class Pace:
         seen = self._shortest.get(key)
         if seen is None or now - seen.at > _WINDOW_NS:
             return 0
-        return seen.compute_ns * min(rows, seen.rows) // (2 * seen.rows)
+        return seen.compute_ns * min(rows, seen.rows) // (2 * seen.rows * self._sharers)

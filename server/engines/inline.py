@@ -1,5 +1,6 @@
 """Measures which batches of a model the event loop may wait for."""
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from layercast.server.engines.base import Engine, Inputs
 from layercast.server.engines.choice import ChosenEngine
 from layercast.server.engines.timing import Batch
 from layercast.server.inline import NOWHERE, Inline, limit
+
+logger = logging.getLogger(__name__)
 
 _LENGTHS: Final = (16, 32, 48, 64, 96, 128, 192, 256)
 """Texts up to each of them are taken to be as long; closer together than engines are chosen for, since it is what
@@ -60,9 +63,17 @@ def inline_of(
     for length in lengths:
         whole = single = 0
         for count in rows:
-            inputs = batch(count, length)
-            runs = engine.pick(inputs) if isinstance(engine, ChosenEngine) else engine
-            if not seen(runs) or (seconds := _seconds(runs, inputs)) > limit(count):
+            try:
+                inputs = batch(count, length)
+                runs = engine.pick(inputs) if isinstance(engine, ChosenEngine) else engine
+                if not seen(runs):
+                    break
+                seconds = _seconds(runs, inputs)
+            except Exception as error:  # of a program that takes only some sizes, say
+                kind = type(error).__name__
+                logger.warning("%s fails at %d rows, %d long: %s: %s", manifest.name, count, length, kind, error)
+                break
+            if seconds > limit(count):
                 break
             names.add(runs.name)
             whole, single = count if seconds <= limit(0) else whole, count

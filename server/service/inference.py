@@ -76,7 +76,7 @@ class InferenceService:
         if known is None:
             return None
         # Whether a caller may see layers is known where it calls.
-        if known.model.gathers and not known.form.taps:
+        if not known.form.taps and known.model.gathers(known.form.length):
             gathering = self._gathering(known.model)
             if gathering.takes(len(raw), deadline):
                 return gathering.take(known, raw, deadline, peer, call)
