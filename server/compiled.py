@@ -6,6 +6,7 @@ sources. A folder is named after all that it was made of, so nothing stale is ev
 
 import hashlib
 import importlib
+import logging
 import platform
 import sys
 import sysconfig
@@ -45,11 +46,16 @@ MODULES: Final = (
 identity of tuples (`transport.direct.heads` asks for it), and has no async generators (`transport.rpc_call`). A field
 `_name` becomes `__name` in C, where it must not be a word of the language: no `_inline`, no `_thread`."""
 
+LIBRARY: Final = "library"
+"""The folder of what the modules share. It is apart from them, where nobody takes their folders for packages."""
+
 _ROOT: Final = "layercast"
+
+logger = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
-    """Return the folder in this installation: what may write there may change the sources too."""
+    """Return the folder in this installation."""
     return Path(sys.prefix) / "share" / _ROOT / "compiled"
 
 
@@ -73,17 +79,35 @@ def source_of(package: str) -> Path:
 def use(folder: Path) -> bool:
     """Import compiled modules from `folder` from now on, if it has them of these sources; tell whether it has.
 
-    RuntimeError when one of them was imported already: a class must not be there twice.
+    What can't be read or loaded here is left alone, with a warning. RuntimeError when one of the modules was imported
+    already: a class must not be there twice.
     """
-    if not folder.is_dir() or not (root := folder / made_of()).is_dir():
+    try:
+        if not folder.is_dir() or not is_whole(root := folder / made_of()):
+            return False
+    except OSError as error:
+        logger.warning("compiled code can't be read, the sources run: %s", error.strerror)
         return False
     if early := [name for name in MODULES if f"{_ROOT}.{name}" in sys.modules]:
         raise RuntimeError(f"this is a bug: {early} were imported before their compiled code was looked for")
-    sys.path.append(str(root))  # where all of them find the library that they share
+    (library,) = (root / LIBRARY).glob("*.so")
+    sys.path.append(str(library.parent))
+    try:
+        importlib.import_module(library.name.partition(".")[0])
+    except ImportError as error:  # made for another C library, or where no code may be run
+        sys.path.remove(str(library.parent))
+        logger.warning("compiled code can't be loaded, the sources run: %s", str(error).replace(str(library), "it"))
+        return False
     for package in dict.fromkeys(name.rpartition(".")[0] for name in MODULES):
         own = root.joinpath(_ROOT, *package.split("."))
         importlib.import_module(f"{_ROOT}.{package}").__path__.insert(0, str(own))
     return True
+
+
+def is_whole(root: Path) -> bool:
+    """Tell whether all of `MODULES`, and the library that they share, are in the folder."""
+    shared = len(list((root / LIBRARY).glob("*__mypyc.*so"))) == 1
+    return shared and all(any(root.joinpath(_ROOT).glob(f"{name.replace('.', '/')}.*so")) for name in MODULES)
 
 
 def in_use() -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,10 @@ from layercast.server import compiled
 
 FOLDER = TESTS.parent / "build" / "compiled"
 """Kept from run to run: what is compiled there is named after the sources."""
-MODULES = ("test_server_inference", "test_stream", "test_short", "test_batcher_endings", "test_direct_streams")
+MODULES = (
+    "test_bad_requests", "test_batcher_endings", "test_direct_streams", "test_network_faults", "test_server_inference",
+    "test_short", "test_stream", "test_wire",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +69,40 @@ def test_without_current_code_the_sources_run(tmp_path):
 def test_modules_that_are_imported_already_are_not_replaced(tmp_path):
     import layercast.server.work  # noqa: F401
 
-    (tmp_path / compiled.made_of()).mkdir()
+    pretend(tmp_path / compiled.made_of())
     with pytest.raises(RuntimeError, match="imported before"):
         compiled.use(tmp_path)
+
+
+def pretend(root: Path) -> None:
+    """Make a folder that has the files of compiled modules, none of which can be loaded."""
+    for name in ("library/abc__mypyc.so", *(f"layercast/{name.replace('.', '/')}.so" for name in compiled.MODULES)):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"not a library")
+
+
+def test_code_that_is_not_all_there_is_not_used(tmp_path):
+    root = tmp_path / compiled.made_of()
+    pretend(root)
+    assert compiled.is_whole(root)
+    (root / "layercast" / "server" / "work.so").unlink()
+    assert not compiled.is_whole(root)
+    assert not compiled.use(tmp_path)
+
+
+def test_code_that_can_not_be_loaded_is_left_alone(repository, tmp_path):
+    root = tmp_path / compiled.made_of()
+    pretend(root)
+    (root / "library" / "abc__mypyc.so").rename(
+        root / "library" / f"abc__mypyc{sysconfig.get_config_var('EXT_SUFFIX')}"
+    )
+    with serving(repository, "--compiled", str(tmp_path)) as server:
+        server.read_until(READY)
+        output = "\n".join(server.lines)
+    assert "compiled code can't be loaded, the sources run: " in output
+    assert str(tmp_path) not in output
+    assert "; compiled" not in output
 
 
 def test_other_sources_have_another_name(tmp_path, monkeypatch):
@@ -94,6 +129,12 @@ def test_without_a_compiler_it_says_what_to_do(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_where_nothing_can_be_written_it_says_what_to_do(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["compile", "--output", str(tmp_path / "file")]) == 1
+    assert "name another with --output" in capsys.readouterr().err
+
+
 def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compiled, "MODULES", ("server.text",))
     monkeypatch.setenv("CC", "false")
@@ -104,9 +145,13 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 def test_what_was_made_of_other_sources_goes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compiled, "MODULES", ("server.text",))
-    (tmp_path / "of other sources").mkdir()
+    pretend(tmp_path / ("0" * 24))
+    (tmp_path / "of somebody else").mkdir()
+    (tmp_path / ("1" * 24)).mkdir()
     assert main(["compile", "--output", str(tmp_path)]) == 0
-    (only,) = tmp_path.iterdir()
+    others = {tmp_path / "of somebody else", tmp_path / ("1" * 24)}
+    (only,) = set(tmp_path.iterdir()) - others
+    assert all(path.is_dir() for path in others)
     assert only.name == compiled.made_of()
     assert [path.suffix for path in only.glob("layercast/server/text.*")] == [".so"]
     assert "compiled 1 modules" in capsys.readouterr().out

@@ -97,6 +97,22 @@ def test_unknown_fields_are_ignored(served):
     assert list(served.call("ModelInfer", typed).outputs[0].contents.fp32_contents) == [1, 2]
 
 
+def test_fields_may_come_in_any_order(served):
+    x = np.arange(12, dtype="f4").reshape(3, 4)
+    message, first = asked("same", x), ModelInferRequest()
+    first.raw_input_contents.append(x.tobytes())
+    for field in ("raw_input_contents", "inputs"):
+        rest = ModelInferRequest.FromString(message.SerializeToString())
+        rest.ClearField("raw_input_contents")
+        if field == "inputs":
+            first.inputs.extend(rest.inputs)
+            rest.ClearField("inputs")
+        raw = b"".join(part.SerializeToString() for part in (first, rest))
+        for _ in range(2):  # the second time it may be known what such a request looks like
+            response = served.channel.unary_unary(INFERENCE["ModelInfer"].path)(raw, timeout=10)
+            np.testing.assert_array_equal(values_of(INFERENCE["ModelInfer"].response.FromString(response)), x)
+
+
 def test_text_that_is_not_utf8_is_malformed(served):
     with pytest.raises(grpc.RpcError, match="UTF-8") as raised:
         served.channel.unary_unary(INFERENCE["ModelReady"].path)(b"\x0a\x02\xff\xfe", timeout=10)

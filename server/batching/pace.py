@@ -18,8 +18,8 @@ class Pace:
     """The shortest forward of each group within about a second.
 
     Half of it is taken for the least that the next one takes: other taps may end it earlier. And of that half just the
-    part that is one's share of `sharers`, whose processors a lone batch may all have. Fewer rows take at least their part
-    of it. What was seen longer ago counts for nothing, so that rows refused because of one slow moment are not refused
+    part that is one's share of `sharers`, whose processors a lone batch may all have. Fewer rows take at least their
+    part of it. What was seen longer ago counts for nothing, so that rows refused because of one slow moment are not refused
     for good.
     """
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ starlette.*,uvicorn.*,rich.*,pydantic.*,pydantic_settings.*]
 follow_imports = skip
 """
 _LINES: Final = 15
+_OURS: Final = re.compile(r"[0-9a-f]{24}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,15 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compile, unless that was done; 1 when something is missing or the compiler fails."""
     target: Path = args.output / compiled.made_of()
-    if target.is_dir():
+    if compiled.is_whole(target):
         print(f"already compiled: {target}")
         return 0
     if missing := _missing():
         print(f"layercast compile: {missing}", file=sys.stderr)
         return 1
     began = time.perf_counter()
-    args.output.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=args.output, prefix=".") as work:
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        temporary = TemporaryDirectory(dir=args.output, prefix=".")
+    except OSError as error:
+        print(f"layercast compile: {args.output}: {error.strerror}; name another with --output", file=sys.stderr)
+        return 1
+    with temporary as work:
         if failed := _compile(Path(work)):
             print(f"layercast compile: the compiler failed, and the server runs without:\n{failed}", file=sys.stderr)
             return 1
@@ -94,17 +101,16 @@ def _keep(work: Path, target: Path) -> None:
     """Move what was compiled to `target`, all at once, and remove what was compiled of other sources."""
     made = work / "made"
     for library in work.glob("*.so"):
-        _move(library, made / library.name)
+        _move(library, made / compiled.LIBRARY / library.name)
     for library in (work / "layercast").rglob("*.so"):
         _move(library, made / library.relative_to(work))
-    try:
-        made.rename(target)
-    except OSError:
-        if not target.is_dir():  # another was faster
-            raise
+    for folder in (made, *filter(Path.is_dir, made.rglob("*"))):
+        folder.chmod(0o755)  # whoever serves may be another than who compiles
     for old in target.parent.iterdir():
-        if old != target and old.is_dir() and not old.name.startswith("."):
-            shutil.rmtree(old, ignore_errors=True)
+        # Out of sight first: half of it must not be taken for the whole.
+        if _OURS.fullmatch(old.name) and (old / compiled.LIBRARY).is_dir():
+            old.rename(work / old.name)
+    made.rename(target)
 
 
 def _move(source: Path, target: Path) -> None:

@@ -192,8 +192,15 @@ def check_processors() -> Iterator[Finding]:
 def check_compiled() -> Iterator[Finding]:
     """Whether `layercast serve` finds compiled code of these sources."""
     from layercast.server import compiled
+    from layercast.server.errors import StartError
+    from layercast.server.settings import read
 
-    found = (compiled.default_folder() / compiled.made_of()).is_dir()
+    try:
+        folder = read({}).compiled
+    except StartError as error:
+        yield Finding("warn", "compiled", f"the settings can't be read: {error}")
+        return
+    found = compiled.is_whole(folder / compiled.made_of())
     without = "no, and it runs without: `layercast compile` makes small requests a fifth faster"
     yield Finding("ok", "compiled", "yes" if found else without)
 

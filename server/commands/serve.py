@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
         if fault := environment.protobuf_fault() or environment.onnxruntime_clash():
             raise StartError(fault)
         environment.let_idle_threads_sleep()
-        compiled.use(settings.compiled)
         if settings.front_end == "envoy":
             from layercast.server.transport.envoy.process import become_envoy
 
-            become_envoy(settings, given)
+            become_envoy(settings, given)  # which would run them without its front end's: it has the sources
+        compiled.use(settings.compiled)
         _run(settings)
     except StartError as error:
         print(f"layercast serve: {error}", file=sys.stderr)

@@ -94,7 +94,10 @@ class Heads:
         values = b"".join(part for pair in zip(marks, request.raw_input_contents, strict=True) for part in pair)
         try:
             named, described = _split(raw)
-            middle = raw[described : len(raw) - len(values)]
+            end = len(raw) - len(values)
+            if end < described:  # values that come first; compiled, such a slice is an error
+                return
+            middle = raw[described:end]
             if len(middle) > _LONGEST or not raw.endswith(values) or not _whole(raw, named, described, middle, request):
                 return
         except (IndexError, DecodeError):
