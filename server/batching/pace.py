@@ -19,8 +19,8 @@ class Pace:
 
     Half of it is taken for the least that the next one takes: other taps may end it earlier. And of that half just the
     part that is one's share of `sharers`, whose processors a lone batch may all have. Fewer rows take at least their
-    part of it. What was seen longer ago counts for nothing, so that rows refused because of one slow moment are not refused
-    for good.
+    part of it. What was seen longer ago counts for nothing, so that rows refused because of one slow moment are not
+    refused for good.
     """
 
     def __init__(self, sharers: int = 1) -> None:
