@@ -278,7 +278,7 @@ def test_graphs_of_an_engine_that_runs_no_plain_batch_are_given_back(artefact, c
     from layercast.server.engines import timing
     from layercast.server.engines.choice import Candidate, Choice
 
-    def onnx_wins(runs, batch, buckets, processors):
+    def onnx_wins(runs, batch, buckets, processors, here):
         return Choice.only(Candidate("onnx", 2), buckets), {}
 
     monkeypatch.setattr(timing, "fastest", onnx_wins)
