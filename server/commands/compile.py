@@ -108,7 +108,11 @@ def _keep(work: Path, target: Path) -> None:
         folder.chmod(0o755)  # whoever serves may be another than who compiles
     for old in target.parent.iterdir():
         # Out of sight first: half of it must not be taken for the whole.
-        if _OURS.fullmatch(old.name) and (old / compiled.LIBRARY).is_dir():
+        if old == target:
+            if compiled.is_whole(target):  # another was faster
+                return
+            target.rename(work / target.name)
+        elif _OURS.fullmatch(old.name) and (old / compiled.LIBRARY).is_dir():
             old.rename(work / old.name)
     made.rename(target)
 
