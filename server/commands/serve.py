@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         if settings.front_end == "envoy":
             from layercast.server.transport.envoy.process import become_envoy
 
-            become_envoy(settings, given)  # the end of this process; inside Envoy the sources run
+            become_envoy(settings, given)  # does not come back: inside Envoy the sources run
         compiled.use(settings.compiled)
         _run(settings)
     except StartError as error:

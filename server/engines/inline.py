@@ -36,8 +36,8 @@ def seen(engine: Engine) -> bool:
 def lengths_of(inputs: Sequence[TensorSpec]) -> tuple[int, ...]:
     """Return the lengths to measure: (0,) where no size but the rows is a caller's to choose.
 
-    None at all, (), for a model whose time depends on more than the rows and one length: on texts, or on a size that is no number
-    of tokens.
+    None at all, (), for a model whose time depends on more than the rows and one length: on texts, or on a size that is
+    no number of tokens.
     """
     if any(spec.datatype == "BYTES" for spec in inputs):
         return ()
