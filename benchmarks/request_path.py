@@ -31,8 +31,9 @@ from layercast.server.repository import Repository
 from layercast.server.service.answering import Answering
 from layercast.server.service.inference import InferenceService
 from layercast.server.settings import read
-from layercast.server.transport.calls import Begin, UnaryRpc
+from layercast.server.transport.calls import UnaryRpc
 from layercast.server.transport.counted import Counted
+from layercast.server.transport.short_call import Begin
 from layercast.server.transport.status import Reply
 
 

@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from layercast.models.edits import Planned
 from layercast.models.manifest import WEIGHTS_FILE, Manifest
@@ -13,6 +13,7 @@ from layercast.server import processors
 from layercast.server.batching.batcher import Batcher
 from layercast.server.batching.policy import Limits
 from layercast.server.batching.waiting import Waiting
+from layercast.server.compiled import Referable
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.tapped import TappedEngine
 from layercast.server.errors import InvalidArgument
@@ -81,7 +82,8 @@ class Loaded:
         )
 
 
-class Group(NamedTuple):
+@dataclass(slots=True)
+class Group:
     """What a work's inputs mean to the queue: their key, if works are batched at all, their bytes and length."""
 
     key: Hashable
@@ -89,7 +91,7 @@ class Group(NamedTuple):
     length: int
 
 
-class ServedModel:
+class ServedModel(Referable):
     """Runs rows of one model version. Made on the event loop, since its batcher lives there."""
 
     def __init__(self, loaded: Loaded, monitor: ModelMonitor, together: bool = False) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from layercast.server.errors import Evicted, OutOfMemory, ServingError
+from layercast.server.model import Group
 from layercast.server.service.answering import LARGE, begin, failed, succeeded
 from layercast.server.service.heads import Known
 from layercast.server.service.short import Queued, Short, Told
@@ -69,8 +70,9 @@ class Bunch(Queued):
         self._shared_ns = self._queued - self._start - terms.waited_ns
         try:
             if form.group is None:
-                form.group = self._model.group(inputs)._replace(bytes=sum(form.sizes))
-            group = form.group._replace(bytes=form.group.bytes * many)
+                form.group = self._model.group(inputs)
+                form.group.bytes = sum(form.sizes)
+            group = Group(form.group.key, form.group.bytes * many, form.group.length)
             course = Course(requests=many)
             own = Terms(terms.deadline, peer=terms.peer, course=course, waited_ns=terms.waited_ns)
             self._waiting = self._model.enqueue(inputs, form.rows * many, group, own, self)

@@ -25,7 +25,7 @@ class Callers:
     """
 
     def __init__(self) -> None:
-        self._wanted: float = 1
+        self._wanted = 1.0
         self._before = 1
         self._between = self._left = _FEWEST
         self._first = self._last = 0
@@ -65,5 +65,6 @@ class Callers:
     def _learn(self, wanted: int) -> None:
         same = self._wanted == math.inf and abs(wanted - self._before) <= wanted // 8
         self._between = min(_MOST, self._between * 2) if same else _FEWEST
-        self._wanted = self._before = max(1, wanted)
+        self._before = max(1, wanted)
+        self._wanted = float(self._before)
         self._left, self._all_here = self._between, True

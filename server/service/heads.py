@@ -7,7 +7,8 @@ the id and the values differ, and of these the marks before them tell where each
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -25,7 +26,8 @@ _LONGEST: Final = 2048
 _MOST: Final = 1024
 
 
-class Known(NamedTuple):
+@dataclass(slots=True)
+class Known:
     """A request that was recognised: its id as it stands in a message, its form, and the bytes of each input."""
 
     model: ServedModel

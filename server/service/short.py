@@ -100,10 +100,12 @@ class Short(Queued):
 
     def set_result(self, answer: Answer) -> None:
         """Encode the answer and tell the call."""
-        ran, (model, form, id_field, _) = time.perf_counter_ns(), self._known
+        ran, model, form = time.perf_counter_ns(), self._known.model, self._known.form
         queue_ns, compute_ns = answer.queue_ns, answer.compute_ns
         try:
-            content = form.template.answer(id_field, values_of(answer), queue_ns, compute_ns, answer.batch_rows)
+            content = form.template.answer(
+                self._known.id_field, values_of(answer), queue_ns, compute_ns, answer.batch_rows
+            )
         except Exception as error:
             self._fail(error)
             return

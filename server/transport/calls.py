@@ -1,12 +1,10 @@
 """RPCs of our services with one message in: parse, answer, count, and turn what a service raises into a status."""
 
 import asyncio
-import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -18,18 +16,14 @@ from layercast.server.batching.policy import late_from
 from layercast.server.errors import DeadlineCancelled, InvalidArgument, ResourceExhausted
 from layercast.server.service.call import Call
 from layercast.server.service.gathering import Gathered
-from layercast.server.transport.counted import Context, Counted, abort
-from layercast.server.transport.status import Reply, reply
-
-logger = logging.getLogger(__name__)
+from layercast.server.transport.counted import Context, Counted
+from layercast.server.transport.ending import abort, run
+from layercast.server.transport.short_call import Begun, Ended, Short, ShortRpc
+from layercast.server.transport.status import Reply
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Answer = Callable[[Any, Call], Awaitable[Message]]
 Answers = Callable[[Any, Call], AsyncGenerator[Message, None]]
-Ended = Callable[[bytes | None, Reply | None], None]
-"""Told how a call ended: the answer's bytes, or else the status of a failed one.
-
-Neither if the call, which had to wait for others, is not of the common kind: then nothing was done or counted."""
 
 # A message of fewer bytes parses within a few milliseconds, whatever is in it.
 _LARGE: Final = 256 << 10
@@ -50,65 +44,6 @@ def parsed(message: type[Message], raw: bytes) -> Message:
         ) from error
 
 
-class Begun(Protocol):
-    """A call that was begun and is told its end."""
-
-    def cancel(self, late: bool) -> None:
-        """The caller has gone, or else (`late`) its deadline is over: tell nothing any more."""
-
-
-Begin = Callable[[bytes, float | None, str, Ended], Begun | None]
-"""`UnaryRpc.begin` of an RPC."""
-
-
-class Short(Protocol):
-    """Begins to answer a message at once if it is of the common kind; returns None, having done nothing, if not."""
-
-    def __call__(self, raw: bytes, deadline: float | None, peer: str, call: "ShortCall", /) -> Begun | None:
-        """`call` is told what it is to count."""
-
-
-class ShortCall:
-    """A call without a task: counts it, and tells `ended` how it ended."""
-
-    __slots__ = ("_counted", "_ended", "_start")
-
-    def __init__(self, counted: Counted, ended: Ended) -> None:
-        self._counted = counted
-        self._ended = ended
-        self._start = time.perf_counter()
-
-    def begun(self, _: bytes) -> None:
-        """Count the call and its message."""
-        self._counted.begun()
-        self._counted.received.inc()
-
-    def declined(self) -> None:
-        """Tell that the call is not answered here."""
-        self._tell(None, None)
-
-    def answered(self, content: bytes) -> None:
-        """Tell the answer."""
-        self._counted.answered(self._start)
-        self._tell(content, None)
-
-    def failed(self, error: Exception) -> None:
-        """Tell the status of a failed call."""
-        failed = reply(error, self._counted.path)
-        self._counted.ended(failed.code, self._start)
-        self._tell(None, failed)
-
-    def left(self, late: bool) -> None:
-        """Count the call; nobody is there to be told."""
-        self._counted.left(late, self._start)
-
-    def _tell(self, content: bytes | None, failed: Reply | None) -> None:
-        try:
-            self._ended(content, failed)
-        except Exception:  # not the business of the rows that ran beside
-            logger.exception("the end of a call to %s could not be told", self._counted.path)
-
-
 class UnaryRpc:
     """One message in, one message out."""
 
@@ -117,25 +52,22 @@ class UnaryRpc:
         self._request = method.request
         self._answer = answer
         self._counted = counted
-        self._short = short
+        self.short = ShortRpc(short, counted) if short else None
 
     def handler(self) -> Handler:
         """Return what grpc registers. It parses nothing itself: it would answer malformed bytes with INTERNAL."""
         return grpc.unary_unary_rpc_method_handler(self._handle)
 
     def begin(self, raw: bytes, deadline: float | None, peer: str, ended: Ended) -> Begun | None:
-        """Begin to answer the message if it is of the common kind; else do and count nothing, and return None.
-
-        `ended` is told how the call ended: once, on the event loop, perhaps before this returns.
-        """
-        return self._short(raw, deadline, peer, ShortCall(self._counted, ended)) if self._short else None
+        """Do as `short` does; None without one."""
+        return self.short.begin(raw, deadline, peer, ended) if self.short else None
 
     async def _handle(self, raw: bytes, context: Context) -> bytes:
-        if self._short:
+        if self.short:
             loop, due = asyncio.get_running_loop(), deadline(context)
             since = loop.time()
             future: asyncio.Future[bytes | Reply | None] = loop.create_future()
-            if begun := self.begin(raw, due, context.peer(), partial(_settle, future)):
+            if begun := self.short.begin(raw, due, context.peer(), partial(_settle, future)):
                 del raw  # what the rows need of it was taken
                 try:
                     end = await future
@@ -150,7 +82,7 @@ class UnaryRpc:
                 raw = begun.raw
         body = self._body(raw, context)
         del raw  # which an error would keep
-        return await self._counted.run(body, context)
+        return await run(self._counted, body, context)
 
     async def _body(self, raw: bytes, context: Context) -> bytes:
         self._counted.received.inc()
@@ -175,7 +107,7 @@ class ServerStreamRpc:
     async def _handle(self, raw: bytes, context: Context) -> None:
         body = self._body(raw, context)
         del raw  # which an error would keep
-        await self._counted.run(body, context)
+        await run(self._counted, body, context)
 
     async def _body(self, raw: bytes, context: Context) -> None:
         self._counted.received.inc()

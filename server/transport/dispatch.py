@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import grpc
@@ -82,7 +82,7 @@ class Handlers:
 
 async def _handle(handler: Any, call: RpcCall) -> None:
     if handler.request_streaming:
-        await handler.stream_stream(call.messages(), call)
+        await handler.stream_stream(_messages(call), call)
         return
     raw = await call.read()
     if raw is grpc.aio.EOF:
@@ -93,3 +93,9 @@ async def _handle(handler: Any, call: RpcCall) -> None:
         await handler.unary_stream(raw, call)
     else:
         call.answer(await handler.unary_unary(raw, call))
+
+
+async def _messages(call: RpcCall) -> AsyncIterator[Any]:
+    """Yield the bytes of message after message."""
+    while (raw := await call.read()) is not grpc.aio.EOF:
+        yield raw

@@ -11,8 +11,9 @@ from layercast.proto.rpc import FEATURES, FEATURES_SERVICE, INFERENCE, INFERENCE
 from layercast.server.errors import Unimplemented
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call, method_of
-from layercast.server.transport.calls import Begin, Handler, ServerStreamRpc, UnaryRpc
+from layercast.server.transport.calls import Handler, ServerStreamRpc, UnaryRpc
 from layercast.server.transport.counted import Counted
+from layercast.server.transport.short_call import Begin
 from layercast.server.transport.standard import HandlerTaker, UnknownRpcs, add_health, add_reflection
 from layercast.server.transport.streams import StreamRpc
 
@@ -70,10 +71,9 @@ class FrontEnd(ABC):
         if answer is None:
             return UnaryRpc(method, _unimplemented(method.name), counted).handler()
         if method.kind == "unary":
-            begin = method_of(objects, f"Begin{method.name}")
-            rpc = UnaryRpc(method, answer, counted, begin)
-            if begin:
-                self.short[counted.path] = rpc.begin
+            rpc = UnaryRpc(method, answer, counted, method_of(objects, f"Begin{method.name}"))
+            if rpc.short:
+                self.short[counted.path] = rpc.short.begin
             return rpc.handler()
         if method.kind == "server_stream":
             return ServerStreamRpc(method, answer, counted).handler()

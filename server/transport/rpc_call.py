@@ -3,8 +3,7 @@
 import asyncio
 import base64
 import binascii
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, ClassVar, Final, NoReturn
 
@@ -48,18 +47,18 @@ class Cause(Enum):
 _STATUS: Final = {Cause.LATE: grpc.StatusCode.DEADLINE_EXCEEDED, Cause.STOPPED: grpc.StatusCode.UNAVAILABLE}
 
 
-class RpcCall(ABC):
+class RpcCall:
     """Reads the messages of a call and writes its answers.
 
-    It has what our handlers use of `grpc.aio.ServicerContext`. `ready` returns the next message if it is there, whole
-    and not compressed, or None. `together` tells whether whatever came while the event loop was busy is there at once.
-    `encode` makes bytes of what the handler sends, if it doesn't itself; `outgoing` is what was written and is still to
-    be sent; `cause` is set once the call is cancelled; `status` is what it ends with: code, text, trailers.
+    It has what our handlers use of `grpc.aio.ServicerContext`. `together` tells whether whatever came while the event
+    loop was busy is there at once. `encode` makes bytes of what the handler sends, if it doesn't itself; `outgoing` is
+    what was written and is still to be sent; `cause` is set once the call is cancelled; `status` is what it ends with:
+    code, text, trailers.
     """
 
     __slots__ = (
         "_body_ended", "_code", "_frames", "_headers", "_limit", "_loop", "_pairs", "_room", "_task", "_waiter",
-        "_whole", "cause", "deadline", "encode", "outgoing", "ready", "status",
+        "_whole", "cause", "deadline", "encode", "outgoing", "status",
     )  # fmt: skip
 
     together: ClassVar[bool] = False
@@ -69,7 +68,6 @@ class RpcCall(ABC):
         self._pairs, self._headers, self._limit = pairs, headers, limit
         self._loop = asyncio.get_running_loop()
         self._frames = Frames(limit)
-        self.ready = self._frames.next_plain
         self._task: asyncio.Task[Any] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
@@ -82,22 +80,22 @@ class RpcCall(ABC):
         self.cause: Cause | None = None
         self.deadline: float | None = None
 
-    @abstractmethod
     def peer(self) -> str:
         """Who calls, as grpc writes it."""
+        raise NotImplementedError
 
-    @abstractmethod
     async def write(self, message: Any) -> None:
         """Send a message, and wait while the caller is far behind."""
+        raise NotImplementedError
 
     async def write_all(self, messages: Sequence[bytes]) -> None:
         """Send several."""
         for message in messages:
             await self.write(message)
 
-    @abstractmethod
     def _ask(self) -> None:
         """Have more of the body brought; `_fed` is to be called when it is there."""
+        raise NotImplementedError
 
     def start_clock(self, since: float) -> None:
         """Read the deadline, which counts from `since`; InvalidArgument when it can't be read."""
@@ -140,10 +138,9 @@ class RpcCall(ABC):
         compressed, raw = found
         return await self._inflated(raw) if compressed else raw
 
-    async def messages(self) -> AsyncIterator[Any]:
-        """Yield the bytes of message after message."""
-        while (raw := await self.read()) is not grpc.aio.EOF:
-            yield raw
+    def ready(self) -> bytes | None:
+        """Return the next message if it is there, whole and not compressed."""
+        return self._frames.next_plain()
 
     def answer(self, message: Any) -> None:
         """Keep the one message of a call, which goes out with the end."""

@@ -15,6 +15,7 @@ from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.text import fit
 from layercast.server.transport.calls import Handler, parsed
 from layercast.server.transport.counted import Context, Counted, Kind
+from layercast.server.transport.ending import run
 from layercast.server.transport.health import Health
 
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
@@ -57,7 +58,7 @@ class UnknownRpcs(grpc.GenericRpcHandler):
             raise Unimplemented(f"this server has no RPC {fit(details.method, 128)}")
 
         async def handle(_: object, context: Context) -> None:
-            await self._counted.run(refuse(), context)
+            await run(self._counted, refuse(), context)
 
         return grpc.stream_stream_rpc_method_handler(handle)
 
@@ -106,7 +107,7 @@ def _guarded(service: str, name: str, handler: Any, metrics: Metrics) -> Handler
 
     def counting(behaviour: Behaviour) -> Behaviour:
         async def run(request: Any, context: Context) -> Any:
-            return await counted.run(behaviour(request, context), context)
+            return await run(counted, behaviour(request, context), context)
 
         return run
 

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from typing import Final, Protocol, cast
 
-from layercast.server.transport.calls import Begin
 from layercast.server.transport.direct import frames
 from layercast.server.transport.direct.calm import ANSWERED, Calm
 from layercast.server.transport.direct.frames import Code, ConnectionFault, frame, number_bytes
@@ -15,6 +14,7 @@ from layercast.server.transport.direct.sending import Sending
 from layercast.server.transport.direct.stream import WINDOW, Stream
 from layercast.server.transport.dispatch import Handlers
 from layercast.server.transport.rpc_call import Cause, grpc_peer
+from layercast.server.transport.short_call import Begin
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from layercast.server.batching.policy import late_from
 from layercast.server.errors import InvalidArgument
-from layercast.server.transport.calls import Begun
 from layercast.server.transport.direct.frames import Code
 from layercast.server.transport.direct.heads import START, Head, header_block
 from layercast.server.transport.framing import announced, message_of, status_headers
 from layercast.server.transport.rpc_call import AHEAD, Cause, RpcCall
+from layercast.server.transport.short_call import Begun
 from layercast.server.transport.status import Reply, reply
 
 if TYPE_CHECKING:
