@@ -129,8 +129,9 @@ class ServedModel(Referable):
 
     def hold(self, many: int = 1) -> None:
         """Keep the model, which a newer one may replace meanwhile, until `let_go` of as many, which must follow."""
+        if not self._holders:
+            self._free.clear()
         self._holders += many
-        self._free.clear()
 
     def let_go(self, many: int = 1) -> None:
         """End what `hold` began."""

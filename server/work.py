@@ -19,22 +19,34 @@ class Tap:
     reducer: str = "none"
 
 
-# What is made for every request is not frozen: that takes five times as long to make. Nobody changes it all the same.
-@dataclass(slots=True)
+# What is made for every request is no dataclass: compiled, these are still made by Python.
 class Rows:
     """One work's own rows of every output and of every layer it tapped."""
 
-    outputs: Mapping[str, Array]
-    features: Mapping[Tap, Array]
+    __slots__ = ("features", "outputs")
+
+    def __init__(self, outputs: Mapping[str, Array], features: Mapping[Tap, Array]) -> None:
+        self.outputs = outputs
+        self.features = features
 
 
-@dataclass(slots=True)
 class Answer(Rows):
     """A work's rows and where the time went; `compute_ns` and `batch_rows` are the whole batch's."""
 
-    queue_ns: int
-    compute_ns: int
-    batch_rows: int
+    __slots__ = ("batch_rows", "compute_ns", "queue_ns")
+
+    def __init__(
+        self,
+        outputs: Mapping[str, Array],
+        features: Mapping[Tap, Array],
+        queue_ns: int,
+        compute_ns: int,
+        batch_rows: int,
+    ) -> None:
+        super().__init__(outputs, features)
+        self.queue_ns = queue_ns
+        self.compute_ns = compute_ns
+        self.batch_rows = batch_rows
 
 
 @dataclass(slots=True)
@@ -51,7 +63,6 @@ class Course:
     requests: int = 1
 
 
-@dataclass(slots=True)
 class Terms:
     """On what terms a request waits for its rows to run.
 
@@ -62,12 +73,23 @@ class Terms:
     rows have waited already.
     """
 
-    deadline: float | None = None
-    timeout: float | None = None
-    priority: int = 0
-    peer: str = ""
-    course: Course | None = None
-    waited_ns: int = 0
+    __slots__ = ("course", "deadline", "peer", "priority", "timeout", "waited_ns")
+
+    def __init__(
+        self,
+        deadline: float | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+        peer: str = "",
+        course: Course | None = None,
+        waited_ns: int = 0,
+    ) -> None:
+        self.deadline = deadline
+        self.timeout = timeout
+        self.priority = priority
+        self.peer = peer
+        self.course = course
+        self.waited_ns = waited_ns
 
 
 class Asker(Protocol):
@@ -96,32 +118,47 @@ NOBODY: Final[Asker] = _Nobody()
 """Asks for works whose answer nobody waits for, or not any more."""
 
 
-@dataclass(slots=True, eq=False)
 class Work:
     """Rows of one request. `key` says which works may share a forward.
 
     `bytes` is the size of the inputs, `length` the size of the dimension that is padded when lengths differ (0 where
-    there is none). `edits` change layers for these rows alone. `asker` is set by who queues it. What follows is the
+    there is none). `edits` change layers for these rows alone. `asker` is set by who queues it. All else is the
     batcher's: `parts` are the works of the same request, itself included; times are nanoseconds on
     `time.perf_counter_ns`'s clock.
     """
 
-    inputs: Mapping[str, Array]
-    rows: int
-    key: Hashable
-    bytes: int = 0
-    length: int = 0
-    taps: tuple[Tap, ...] = ()
-    predict: bool = True
-    edits: tuple[Planned, ...] = ()
-    asker: Asker = NOBODY
-    parts: "Sequence[Work]" = ()
-    peer: str = ""
-    course: Course | None = None
-    priority: int = 1
-    expires: int | None = None
-    arrived: int = 0
-    started: int = 0
+    __slots__ = (
+        "arrived", "asker", "bytes", "course", "edits", "expires", "inputs", "key", "length", "parts", "peer",
+        "predict", "priority", "rows", "started", "taps",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Array],
+        rows: int,
+        key: Hashable,
+        bytes: int = 0,
+        length: int = 0,
+        taps: tuple[Tap, ...] = (),
+        predict: bool = True,
+        edits: tuple[Planned, ...] = (),
+        asker: Asker = NOBODY,
+    ) -> None:
+        self.inputs = inputs
+        self.rows = rows
+        self.key = key
+        self.bytes = bytes
+        self.length = length
+        self.taps = taps
+        self.predict = predict
+        self.edits = edits
+        self.asker = asker
+        self.parts: Sequence[Work] = ()
+        self.peer = ""
+        self.course: Course | None = None
+        self.priority = 1
+        self.expires: int | None = None
+        self.arrived = self.started = 0
 
     @property
     def requests(self) -> int:

@@ -15,14 +15,16 @@ _Line = dict[Work, None]
 """Works of one peer, in order of arrival."""
 
 
-@dataclass(slots=True)
 class Held:
     """What waits, of one peer or of all."""
 
-    works: int = 0
-    rows: int = 0
-    bytes: int = 0
-    requests: int = 0
+    __slots__ = ("bytes", "requests", "rows", "works")
+
+    def __init__(self, works: int = 0, rows: int = 0, bytes: int = 0, requests: int = 0) -> None:
+        self.works = works
+        self.rows = rows
+        self.bytes = bytes
+        self.requests = requests
 
     def add(self, works: int, rows: int, size: int, requests: int) -> None:
         """Hold so much more, or less where it is below 0."""

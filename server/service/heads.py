@@ -7,7 +7,6 @@ the id and the values differ, and of these the marks before them tell where each
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -26,14 +25,16 @@ _LONGEST: Final = 2048
 _MOST: Final = 1024
 
 
-@dataclass(slots=True)
 class Known:
     """A request that was recognised: its id as it stands in a message, its form, and the bytes of each input."""
 
-    model: ServedModel
-    form: Form
-    id_field: bytes
-    contents: Sequence[bytes]
+    __slots__ = ("contents", "form", "id_field", "model")
+
+    def __init__(self, model: ServedModel, form: Form, id_field: bytes, contents: Sequence[bytes]) -> None:
+        self.model = model
+        self.form = form
+        self.id_field = id_field
+        self.contents = contents
 
 
 class _Model:

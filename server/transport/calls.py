@@ -17,7 +17,7 @@ from layercast.server.errors import DeadlineCancelled, InvalidArgument, Resource
 from layercast.server.service.call import Call
 from layercast.server.service.gathering import Gathered
 from layercast.server.transport.counted import Context, Counted
-from layercast.server.transport.ending import abort, run
+from layercast.server.transport.ending import abort, run_counted
 from layercast.server.transport.short_call import Begun, Ended, Short, ShortRpc
 from layercast.server.transport.status import Reply
 
@@ -82,7 +82,7 @@ class UnaryRpc:
                 raw = begun.raw
         body = self._body(raw, context)
         del raw  # which an error would keep
-        return await run(self._counted, body, context)
+        return await run_counted(self._counted, body, context)
 
     async def _body(self, raw: bytes, context: Context) -> bytes:
         self._counted.received.inc()
@@ -107,7 +107,7 @@ class ServerStreamRpc:
     async def _handle(self, raw: bytes, context: Context) -> None:
         body = self._body(raw, context)
         del raw  # which an error would keep
-        await run(self._counted, body, context)
+        await run_counted(self._counted, body, context)
 
     async def _body(self, raw: bytes, context: Context) -> None:
         self._counted.received.inc()

@@ -16,7 +16,7 @@ T = TypeVar("T")
 _STATUS_SECONDS: Final = 1.0
 
 
-async def run(counted: Counted, body: Awaitable[T], context: Context) -> T:
+async def run_counted(counted: Counted, body: Awaitable[T], context: Context) -> T:
     """Await `body` and return what it returns; its error ends the call with a status and trailers."""
     start = counted.begun()
     try:

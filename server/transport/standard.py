@@ -15,7 +15,7 @@ from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.text import fit
 from layercast.server.transport.calls import Handler, parsed
 from layercast.server.transport.counted import Context, Counted, Kind
-from layercast.server.transport.ending import run
+from layercast.server.transport.ending import run_counted
 from layercast.server.transport.health import Health
 
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
@@ -58,7 +58,7 @@ class UnknownRpcs(grpc.GenericRpcHandler):
             raise Unimplemented(f"this server has no RPC {fit(details.method, 128)}")
 
         async def handle(_: object, context: Context) -> None:
-            await run(self._counted, refuse(), context)
+            await run_counted(self._counted, refuse(), context)
 
         return grpc.stream_stream_rpc_method_handler(handle)
 
@@ -107,7 +107,7 @@ def _guarded(service: str, name: str, handler: Any, metrics: Metrics) -> Handler
 
     def counting(behaviour: Behaviour) -> Behaviour:
         async def run(request: Any, context: Context) -> Any:
-            return await run(counted, behaviour(request, context), context)
+            return await run_counted(counted, behaviour(request, context), context)
 
         return run
 

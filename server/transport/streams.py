@@ -13,7 +13,7 @@ from layercast.server.errors import Unavailable
 from layercast.server.service.call import Call
 from layercast.server.transport.calls import Handler, deadline, parsed, send
 from layercast.server.transport.counted import Context, Counted
-from layercast.server.transport.ending import run
+from layercast.server.transport.ending import run_counted
 from layercast.server.transport.rpc_call import RpcCall
 
 StreamAnswer = Callable[["Incoming", Call], AsyncGenerator[list[bytes], None]]
@@ -42,7 +42,7 @@ class StreamRpc:
             incoming.close()
 
     async def _handle(self, _: object, context: Context) -> None:
-        await run(self._counted, self._body(context), context)
+        await run_counted(self._counted, self._body(context), context)
 
     async def _body(self, context: Context) -> None:
         incoming = Incoming(context, self._request, self._counted)
