@@ -61,6 +61,7 @@ class Other(nn.Module):
         self.attn = MultiHeadAttention(8, 2)
         self.few = nn.Linear(8, 4)
         self.register_buffer("scales", torch.tensor([1.0, 3.0])[:, None, None])
+        self.to(torch.float64 if kind == "double" else torch.float32)
 
     def forward(self, x):
         length = x.shape[1]
@@ -82,12 +83,13 @@ class Other(nn.Module):
         return self.by_hand(x)
 
     def by_hand(self, x):
-        """Attend with one scale for each head, or with one head of keys and values for all."""
+        """Attend with one scale for each head or row, or with one head of keys for all."""
         split = self.attn._split
         q, k, v = split(self.attn.query(x)), split(self.attn.key(x)), split(self.attn.value(x))
         if self.kind == "one head":
-            k = v = self.few(x)[:, :, None].transpose(1, 2)
-        scale = self.scales if self.kind == "scales" else math.sqrt(4)
+            k = self.few(x).reshape(*x.shape[:2], 1, 4).transpose(1, 2)
+        scales = {"scales": self.scales, "a row's own scale": 1 + x.abs().amax((1, 2))[:, None, None, None]}
+        scale = scales.get(self.kind, math.sqrt(4))
         attended = ((q / scale) @ k.transpose(-2, -1)).softmax(-1) @ v
         return self.attn.out(attended.transpose(1, 2).flatten(2))
 
@@ -197,13 +199,13 @@ def test_layers_around_attention_without_a_mask_are_read_from_the_program_and_ma
 
 
 @pytest.mark.parametrize(
-    "kind", ["boolean", "additive", "causal", "keys", "values", "weights", "scales", "one head", "double"]
+    "kind",
+    ["boolean", "additive", "causal", "keys", "values", "weights", "scales", "a row's own scale", "one head", "double"],
 )
 def test_other_attention_keeps_torchs_steps(tmp_path, kind):
     torch.manual_seed(4)
     module, card = Other(kind).eval(), dict(SEQUENCE)
     if kind == "double":
-        module = module.double()
         card |= {name: [{**SEQUENCE[name][0], "datatype": "FP64"}] for name in ("inputs", "outputs")}
     arguments = {"kind": kind}
     directory = export(module, tmp_path, architecture="test_export_attention:Other", arguments=arguments, **card)

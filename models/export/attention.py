@@ -74,9 +74,7 @@ class _SelfAttention(RewriteRuleClassBase):
 class _Unmasked(_SelfAttention):
     """`MultiHeadAttention(x)` as torch exports it, up to the output projection."""
 
-    def pattern(
-        self, op: Any, x: Any, scale: Any, wq: Any, bq: Any, wk: Any, bk: Any, wv: Any, bv: Any
-    ) -> Any:  # fmt: skip
+    def pattern(self, op: Any, x: Any, scale: Any, wq: Any, bq: Any, wk: Any, bk: Any, wv: Any, bv: Any) -> Any:
         """Return the pattern; any mask, other keys than the queries and a scale elsewhere do not match."""
         q, k, v = self.heads(op, x, (wq, bq), (wk, bk), (wv, bv))
         return self.attended(op, op.Softmax(op.MatMul(op.Div(q, scale), k), axis=-1), v)
@@ -130,7 +128,7 @@ def _even(found: dict[str, Any]) -> bool:
     count, size = heads[1], heads[3]
     if not isinstance(count, int) or not isinstance(size, int):
         return False
-    rows, length, width = *x[:2], count * size
+    rows, length, width = x[0], x[1], count * size
     return (
         heads == [rows, count, length, size]
         and found["keys"].shape == [rows, count, size, length]
