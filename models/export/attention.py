@@ -1,7 +1,7 @@
-"""Rewrites exported attention into ONNX Runtime's `Attention` operator, which computes it in one step.
+"""Rewrites exported self-attention into ONNX Runtime's `Attention` operator, which computes it in one step.
 
-ONNX Runtime's own optimisers do not find the attention of `layers/attention.py`: they know masks that are added, ours
-is filled in. So it is found here, by onnxscript's pattern rewriter.
+ONNX Runtime's own optimisers do not find the attention of `layers/attention.py`: the query is scaled before the
+product, and they know masks that are added, ours is filled in. So it is found here, by onnxscript's pattern rewriter.
 """
 
 from typing import Any, Final
@@ -18,70 +18,125 @@ _PROJECTIONS: Final = ("q", "k", "v")
 _INT32: Final = ir.DataType.INT32
 
 
-class _PaddedSelfAttention(RewriteRuleClassBase):
-    """`MultiHeadAttention(x, key_padding_mask=padding)` as torch exports it, up to the output projection."""
+class _SelfAttention(RewriteRuleClassBase):
+    """What all rules share: three projections of one `x`, split into heads, and the heads joined again."""
+
+    def check(self, op: Any, *args: Any, **found: Any) -> MatchResult:
+        """Accept what the operator computes: float32, as many and as large heads of all three, constant weights."""
+        result = MatchResult()
+        constants = [found[f"{kind}{name}"] for name in _PROJECTIONS for kind in "wb"]
+        if any(value.const_value is None for value in (*constants, found["scale"])):
+            return result.fail("want constant weights and scale")
+        if _constant(found["scale"]).size != 1 or not _constant(found["scale"]).all():
+            return result.fail("want one scale for all heads", found["scale"])
+        if found["heads"].dtype != ir.DataType.FLOAT or not _even(found):
+            return result.fail("want float32, and the same constant number and size of heads everywhere")
+        return result
+
+    @staticmethod
+    def heads(op: Any, x: Any, q: tuple[Any, Any], k: tuple[Any, Any], v: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+        """Return the patterns of queries, keys and values by heads; each is projected by a weight and a bias."""
+        queries, keys, values = (
+            op.Reshape(op.Add(op.MatMul(x, weight), bias), pattern.ANY_VALUE) for weight, bias in (q, k, v)
+        )
+        return (
+            op.Transpose(queries, perm=[0, 2, 1, 3], _outputs=["heads"]),
+            op.Transpose(keys, perm=[0, 2, 3, 1], _outputs=["keys"]),
+            op.Transpose(values, perm=[0, 2, 1, 3], _outputs=["values"]),
+        )
+
+    @staticmethod
+    def attended(op: Any, weights: Any, values: Any) -> Any:
+        """Return the pattern of what the heads attend to, joined."""
+        joined = op.Transpose(op.MatMul(weights, values), perm=[0, 2, 1, 3])
+        return op.Reshape(joined, pattern.ANY_VALUE, _outputs=["attended"])
+
+    @staticmethod
+    def operator(op: Any, found: dict[str, Any], mask: tuple[Any, ...] = (), **attributes: Any) -> Any:
+        """Return the operator on the three projections side by side."""
+        weights, biases = (
+            np.concatenate([_constant(found[f"{kind}{name}"]) for name in _PROJECTIONS], axis=-1) for kind in "wb"
+        )
+        name = found["attended"].name
+        return op.Attention(
+            found["x"],
+            op.initializer(ir.tensor(weights), f"{name}.weights"),
+            op.initializer(ir.tensor(biases), f"{name}.biases"),
+            *mask,
+            num_heads=found["heads"].shape[1],
+            scale=1 / float(_constant(found["scale"])),
+            **attributes,
+            _domain=DOMAIN,
+            _version=1,
+        )
+
+
+class _Unmasked(_SelfAttention):
+    """`MultiHeadAttention(x)` as torch exports it, up to the output projection."""
+
+    def pattern(self, op: Any, x: Any, scale: Any, wq: Any, bq: Any, wk: Any, bk: Any, wv: Any, bv: Any) -> Any:
+        """Return the pattern; any mask, other keys than the queries and a scale elsewhere do not match."""
+        q, k, v = self.heads(op, x, (wq, bq), (wk, bk), (wv, bv))
+        return self.attended(op, op.Softmax(op.MatMul(op.Div(q, scale), k), axis=-1), v)
+
+    def rewrite(self, op: Any, **found: Any) -> Any:
+        """Return the operator alone."""
+        return self.operator(op, found)
+
+
+class _Padded(_SelfAttention):
+    """`MultiHeadAttention(x, key_padding_mask=padding)`, likewise."""
 
     def pattern(
         self, op: Any, x: Any, hidden: Any, scale: Any, lowest: Any, zero: Any,
         wq: Any, bq: Any, wk: Any, bk: Any, wv: Any, bv: Any,
     ) -> Any:  # fmt: skip
-        """Return the pattern; other masks, other keys than the queries and a scale elsewhere do not match."""
-        q = op.Transpose(self._project(op, x, wq, bq), perm=[0, 2, 1, 3], _outputs=["heads"])
-        k = op.Transpose(self._project(op, x, wk, bk), perm=[0, 2, 3, 1])
-        v = op.Transpose(self._project(op, x, wv, bv), perm=[0, 2, 1, 3])
+        """Return the pattern; `check` tells a mask over keys alone from others, which match too."""
+        q, k, v = self.heads(op, x, (wq, bq), (wk, bk), (wv, bv))
         scores = op.Where(hidden, lowest, op.MatMul(op.Div(q, scale), k))
-        weights = op.Where(hidden, zero, op.Softmax(scores, axis=-1))
-        joined = op.Transpose(op.MatMul(weights, v), perm=[0, 2, 1, 3])
-        return op.Reshape(joined, pattern.ANY_VALUE, _outputs=["attended"])
+        return self.attended(op, op.Where(hidden, zero, op.Softmax(scores, axis=-1)), v)
 
     def check(self, op: Any, *args: Any, **found: Any) -> MatchResult:
-        """Accept what the operator computes: float32, known head count, constant weights, a mask over keys alone."""
-        result = MatchResult()
-        heads, hidden = found["heads"], found["hidden"]
-        if heads.dtype != ir.DataType.FLOAT or _head_count(heads) is None:
-            return result.fail("want float32 and a constant number of heads", heads)
-        if _padding(hidden) is None:
-            return result.fail("want a mask [N, 1, 1, S] that was [N, S]", hidden)
-        constants = [found[f"{kind}{name}"] for name in _PROJECTIONS for kind in "wb"]
-        if any(value.const_value is None for value in (*constants, found["scale"], found["lowest"], found["zero"])):
-            return result.fail("want constant weights, scale and fill values")
-        if _constant(found["lowest"]) != np.finfo(np.float32).min or _constant(found["zero"]) != 0:
+        """Accept a mask over keys alone that is filled in as ours is."""
+        result = super().check(op, *args, **found)
+        if not result:
+            return result
+        if _padding(found["hidden"]) is None:
+            return result.fail("want a mask [N, 1, 1, S] that was [N, S]", found["hidden"])
+        lowest, zero = found["lowest"], found["zero"]
+        if lowest.const_value is None or zero.const_value is None:
+            return result.fail("want constant fill values")
+        if _constant(lowest) != np.finfo(np.float32).min or _constant(zero) != 0:
             return result.fail("want hidden scores filled with the lowest number and their weights with zero")
         return result
 
-    def rewrite(
-        self, op: Any, x: ir.Value, hidden: ir.Value, scale: ir.Value, lowest: ir.Value, heads: ir.Value,
-        attended: ir.Value, **found: ir.Value,
-    ) -> Any:  # fmt: skip
-        """Return the operator on the three projections side by side, with a mask of what counts."""
-        weights, biases = (
-            np.concatenate([_constant(found[f"{kind}{name}"]) for name in _PROJECTIONS], axis=-1) for kind in "wb"
-        )
-        counts = op.Not(_padding(hidden))
-        joined = op.Attention(
-            x,
-            op.initializer(ir.tensor(weights), f"{attended.name}.weights"),
-            op.initializer(ir.tensor(biases), f"{attended.name}.biases"),
-            op.Cast(counts, to=_INT32),
-            num_heads=_head_count(heads),
-            scale=1 / float(_constant(scale)),
-            mask_filter_value=float(_constant(lowest)),
-            _domain=DOMAIN,
-            _version=1,
-        )
+    def rewrite(self, op: Any, **found: Any) -> Any:
+        """Return the operator with a mask of what counts."""
+        counts = op.Not(_padding(found["hidden"]))
+        lowest = float(_constant(found["lowest"]))
+        joined = self.operator(op, found, (op.Cast(counts, to=_INT32),), mask_filter_value=lowest)
         # A row of padding alone attends to nothing, where the operator gives the mean of its values.
         tokens = op.Cast(op.Unsqueeze(counts, op.Constant(value_ints=[2])), to=ir.DataType.FLOAT)
         return op.Mul(joined, op.ReduceMax(tokens, op.Constant(value_ints=[1]), keepdims=1))
 
-    @staticmethod
-    def _project(op: Any, x: Any, weight: Any, bias: Any) -> Any:
-        return op.Reshape(op.Add(op.MatMul(x, weight), bias), pattern.ANY_VALUE)
 
-
-def _head_count(heads: ir.Value) -> int | None:
-    """Return H of a value [N, H, T, D], None if it is not constant."""
-    count = heads.shape[1] if heads.shape is not None and len(heads.shape) == 4 else None
-    return count if isinstance(count, int) else None
+def _even(found: dict[str, Any]) -> bool:
+    """Tell whether x [N, T, E] is projected to H heads of one size, for queries, keys and values, and joined again."""
+    x, heads = found["x"].shape, found["heads"].shape
+    if x is None or len(x) != 3 or heads is None or len(heads) != 4:
+        return False
+    count, size = heads[1], heads[3]
+    if not isinstance(count, int) or not isinstance(size, int):
+        return False
+    rows, length, width = x[0], x[1], count * size
+    return (
+        heads == [rows, count, length, size]
+        and found["keys"].shape == [rows, count, size, length]
+        and found["values"].shape == heads
+        and found["attended"].shape == [rows, length, width]
+        and all(_constant(found[f"w{name}"]).shape == (x[2], width) for name in _PROJECTIONS)
+        and all(_constant(found[f"b{name}"]).shape == (width,) for name in _PROJECTIONS)
+    )
 
 
 def _constant(value: ir.Value) -> Any:
@@ -101,6 +156,6 @@ def _padding(hidden: ir.Value) -> ir.Value | None:
 
 def fuse(model: ir.Model) -> tuple[ir.Model, int]:
     """Return `model` with every attention that matches rewritten, and how many there were; `model` is changed."""
-    rule = _PaddedSelfAttention.rule()  # type: ignore[no-untyped-call]
-    rewritten: ir.Model = rewrite(model, [rule])
+    rules = [_Unmasked.rule(), _Padded.rule()]  # type: ignore[no-untyped-call]
+    rewritten: ir.Model = rewrite(model, rules)
     return rewritten, sum(node.op_type == "Attention" and node.domain == DOMAIN for node in rewritten.graph)
