@@ -36,7 +36,6 @@ MODULES: Final = (
     "server.batching.waiting",
     "server.service.answering",
     "server.service.bunch",
-    "server.service.callers",
     "server.service.form",
     "server.service.gathering",
     "server.service.heads",
@@ -58,12 +57,13 @@ MODULES: Final = (
     "server.transport.direct.sending",
     "server.transport.direct.stream",
 )
-"""All but a tenth of the Python code that runs for a small request, and nothing that mypyc understands otherwise than
-Python does: it keeps no identity of tuples (`transport.direct.heads` asks for it), has no async generators
-(`transport.dispatch`), and can't `del` an argument of a coroutine (`transport.calls`, where an error would keep it). A
-field `_name` becomes `__name` in C, where it must not be a word of the language: no `_inline`, no `_thread`. Nobody
-refers weakly to its objects, but for those of `Referable`, and no class that is not compiled is derived from one that
-is (`Index` has such a one, and so has `RpcCall` inside Envoy, where the sources run)."""
+"""Nearly all of our own that runs for a small request, and nothing that mypyc understands otherwise than Python does.
+
+It keeps no identity of tuples (`transport.direct.heads` asks for it), has no async generators (`transport.dispatch`),
+and `del`s no variable of a coroutine (`transport.calls` does, since an error would keep it). A field `_name` becomes
+`__name` in C, where it must not be a word of the language: no `_inline`, no `_thread`. Only instances of `Referable`
+can be referred to weakly. No class that is not compiled may be derived from one that is: `Index` has such a one, and so
+has `RpcCall` inside Envoy, where the sources run. And the `__init__` that a dataclass is given stays Python."""
 
 LIBRARY: Final = "library"
 """The folder of what the modules share. It is apart from them, where nobody takes their folders for packages."""

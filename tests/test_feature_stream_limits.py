@@ -20,7 +20,8 @@ from layercast.server.errors import Unavailable
 from layercast.server.metrics import Metrics
 from layercast.server.service.call import Call
 from layercast.server.service.feature_stream import FeatureStreamService
-from layercast.server.transport import counted
+from layercast.server.transport import ending
+from layercast.server.transport.counted import Counted
 
 ROWS = np.random.default_rng(2).random((40, 10), dtype="f4")  # five parts
 
@@ -102,7 +103,7 @@ def test_streams_that_hold_too_much_together_are_refused(root):
 def test_a_caller_who_takes_nothing_for_long_is_cut_off(served, slow_reader, monkeypatch):
     """Also from what the transport keeps of the call, which ends before the caller reads on."""
     monkeypatch.setattr(streams, "TAKEN_SECONDS", 0.2)
-    monkeypatch.setattr(counted, "_STATUS_SECONDS", 0.05)
+    monkeypatch.setattr(ending, "_STATUS_SECONDS", 0.05)
     model, before = entry(served, "resnet"), ended(served, "resnet", "UNAVAILABLE")
     tasks = served.on_loop(lambda: len(asyncio.all_tasks()))
     messages = slow_reader(asked("resnet", rows_for("resnet", 12), ["*"]))
@@ -166,7 +167,7 @@ async def test_a_call_that_fails_keeps_nothing_until_a_garbage_collection():
     gc.disable()
     try:
         with pytest.raises(grpc.aio.AbortError):
-            await counted.Counted("s", "n", Metrics()).run(running, Context())
+            await ending.run_counted(Counted("s", "n", Metrics()), running, Context())
         del running
         assert held() is None
     finally:

@@ -241,7 +241,7 @@ def test_whatever_it_takes_it_answers_as_the_general_path_does(pair, parts, flip
 
 def test_a_known_message_is_recognised_whatever_its_id_and_values():
     pair = Pair(**MODEL)
-    heads: Heads = pair.short.rpc._short.__self__._heads
+    heads: Heads = pair.short.rpc.short._short.__self__._heads
     first = asked(2, 3, "1").SerializeToString()
     assert heads.known(first) is None
     pair.ask(first)
@@ -273,7 +273,7 @@ def test_a_known_message_is_recognised_whatever_its_id_and_values():
 )
 def test_a_message_in_another_order_is_not_learned(hidden):
     pair = Pair()
-    heads: Heads = pair.short.rpc._short.__self__._heads
+    heads: Heads = pair.short.rpc.short._short.__self__._heads
     usual = request(1, 2, identifier="7").SerializeToString()
     pair.ask(usual[:5] + hidden + usual[5:])
     pair.ask(usual + hidden)
@@ -287,9 +287,9 @@ def test_what_is_learned_of_a_model_is_not_said_of_the_one_that_takes_its_place(
     pair = Pair()
     raw = request(1, 2).SerializeToString()
     pair.ask(raw)
-    heads: Heads = pair.short.rpc._short.__self__._heads
+    heads: Heads = pair.short.rpc.short._short.__self__._heads
     assert heads.known(raw)
-    service = pair.short.rpc._short.__self__
+    service = pair.short.rpc.short._short.__self__
     other = pair.loop.run_until_complete(_other())
     service._answering._repository.models = {("m", 1): other.model}
     assert heads.known(raw) is None
