@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from workloads import rows
 
@@ -22,6 +21,7 @@ from layercast.models.artefact import load_module
 from layercast.models.foreign.trust import ARTEFACT_CODE, Trust
 from layercast.models.manifest import Manifest
 from layercast.server.engines.eager import EagerEngine
+from layercast.server.engines.onnx import open_session
 from layercast.server.work import Tap
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -56,9 +56,7 @@ def _engines(directory: Path, threads: int, layer: str) -> dict[str, tuple[Calla
             "eager-tapped": (lambda x: eager.tapped({spec.name: x}, taps, predict=False), spec.datatype),
             "eager": (lambda x: module(torch.from_numpy(x)), spec.datatype),
         }
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    session = open_session((directory / "model.onnx").read_bytes(), "model.onnx", threads)
     scripted = torch.jit.load(str(directory / "model.ts"))
     return {
         "onnx": (lambda x: session.run(None, {spec.name: x}), spec.datatype),

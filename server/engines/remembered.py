@@ -23,7 +23,7 @@ from layercast.server.settings import MOST_INSTANCES, ModelSettings
 
 logger = logging.getLogger(__name__)
 
-_FORMAT: Final = 6
+_FORMAT: Final = 7
 _MOST: Final = 512
 """Files that are kept; the oldest go."""
 
