@@ -91,7 +91,8 @@ async def _measure(root: Path, args: argparse.Namespace) -> None:
     repository = Repository(read({"repository": root, **options}), metrics, 1)
     await repository.load_all(root)
     model = repository.find("mnist", "")
-    print(f"batches of up to {max(model.loaded.inline.rows, default=(0, 0))[0]} rows run on the event loop")
+    most = max((rows for steps in model.loaded.inline.rows for rows, least in steps if not least), default=0)
+    print(f"batches of up to {most} rows run on the event loop")
     if args.engine == "none":
         _replace_engine(model)
     service = InferenceService(Answering(repository, metrics, 64 << 20))

@@ -14,24 +14,25 @@ _LONGEST: Final = 0.0025
 
 
 def limit(requests: int) -> float:
-    """Return the seconds that a forward of so many requests of one row may take on the loop; of 0, of any rows."""
+    """Return the seconds that a forward of so many requests may take on the loop; of 0, of any requests."""
     return min(_LIMIT + requests * _LIMIT_A_REQUEST, _LONGEST)
 
 
 @dataclass(frozen=True, slots=True)
 class Inline:
-    """How many rows run on the event loop: of any requests, and, as many or more, of requests of one row each.
+    """How many rows run on the event loop, and of how many requests they must be at least.
 
-    `rows` has both for batches up to each of the `lengths`, which ascend; longer ones never do. Without lengths, for
-    all batches, if it has any.
+    `rows` has such pairs, rows ascending, for batches up to each of the `lengths`, which ascend; longer ones never do.
+    Without lengths, for all batches, if it has any. For rows in between, the next pair counts, and of its requests as
+    many parts.
     """
 
-    rows: tuple[tuple[int, int], ...] = ()
+    rows: tuple[tuple[tuple[int, int], ...], ...] = ()
     lengths: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
         """Tell whether any batch does."""
-        return any(single for _, single in self.rows)
+        return any(self.rows)
 
     def reaches(self, length: int) -> bool:
         """Tell whether batches of this length may, if they have few rows."""
@@ -40,15 +41,17 @@ class Inline:
     def takes(self, rows: int, requests: int, length: int) -> bool:
         """Tell whether so many rows of so many requests do, the longest of this length."""
         at = bisect_left(self.lengths, length) if self.lengths else 0
-        if at >= len(self.rows):
-            return False
-        whole, single = self.rows[at]
-        return rows <= (single if rows == requests else whole)
+        if at < len(self.rows):
+            for most, least in self.rows[at]:
+                if rows <= most:
+                    return requests * most >= least * rows
+        return False
 
 
 NOWHERE: Final = Inline()
 
 
 def up_to(rows: int, single_rows: int = 0) -> Inline:
-    """Return limits that are the same for every length."""
-    return Inline(((rows, max(rows, single_rows)),))
+    """Return limits, the same for every length: so many rows, and, if they are more, so many requests of one row."""
+    pairs = ((rows, 0), (single_rows, single_rows))
+    return Inline((pairs if single_rows > rows else pairs[:1],))

@@ -74,7 +74,7 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_batch: int = Field(default=64, ge=1, le=65_536, description="rows that run together at most")
+    max_batch: int = Field(default=128, ge=1, le=65_536, description="rows that run together at most")
     max_delay_ms: float = Field(default=0.0, ge=0, le=10_000, description="how long the first row waits for others, ms")
     preferred_batch: Sizes = Field(default=(), description="batch sizes that leave as soon as they are reached: 4,8")
     batching: bool = Field(default=True, description="let requests share a forward; without, each runs alone")

@@ -59,7 +59,7 @@ async def test_more_rows_run_on_the_loop_when_they_are_requests_of_one_row():
         assert engine.ran == [(True, 4), (False, 1), (False, 5)]
 
 
-BY_LENGTH = Inline(((2, 4), (1, 2)), (16, 32))
+BY_LENGTH = Inline((*up_to(2, 4).rows, *up_to(1, 2).rows), (16, 32))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,14 @@ async def test_more_requests_of_one_row_than_the_loop_may_wait_for_run_in_the_th
         assert await asyncio.gather(*(asking(batcher, value) for value in range(40))) == [[-v] for v in range(40)]
         await asyncio.gather(*(asking(batcher, value) for value in range(16)))
         assert engine.ran == [(False, 40), (True, 16)]
+
+
+@pytest.mark.parametrize(("rows", "here"), [((32,) * 4, True), ((32,) * 3, True), ((64, 64), False), ((96,), False)])
+async def test_the_more_requests_a_batch_is_of_the_longer_the_loop_may_wait_for_it(rows, here):
+    engine, inline = Where(), Inline((((64, 0), (128, 4)),))
+    async with batching(engine, max_batch=128, queue_rows=128, inline=inline) as (batcher, _):
+        await asyncio.gather(*(ask(batcher, *range(many)) for many in rows))
+        assert engine.ran == [(here, len(rows))]
 
 
 async def test_a_model_with_less_to_do_runs_before_a_batch_that_takes_longer():

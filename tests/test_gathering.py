@@ -18,7 +18,7 @@ from test_short import outcome
 
 from layercast.models.manifest import LayerSpec, TensorSpec
 from layercast.proto.messages import ModelInferResponse
-from layercast.server.inline import NOWHERE, Inline
+from layercast.server.inline import NOWHERE, Inline, up_to
 from layercast.server.metrics import Metrics
 from layercast.server.service import gathering, scopes
 from layercast.server.service.callers import Callers
@@ -91,7 +91,7 @@ async def test_requests_that_waited_run_as_one_on_the_event_loop():
 
 
 async def test_texts_that_are_too_long_for_the_loop_wait_for_nobody():
-    model = served(sums, Metrics(), inline=Inline(((4, 4), (2, 2)), (16, 32)))
+    model = served(sums, Metrics(), inline=Inline((*up_to(4).rows, *up_to(2).rows), (16, 32)))
     assert [model.gathers(length) for length in (1, 32, 33)] == [True, True, False]
     await model.batcher.close()
 

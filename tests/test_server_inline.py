@@ -19,7 +19,7 @@ from layercast.models.manifest import TensorSpec, file_entry
 from layercast.server.batching import patience
 from layercast.server.engines import inline
 from layercast.server.engines.onnx import open_session
-from layercast.server.inline import Inline
+from layercast.server.inline import Inline, up_to
 from layercast.server.loader import load
 from layercast.server.settings import ModelSettings
 
@@ -43,8 +43,20 @@ def test_lengths_that_a_program_does_not_take_are_left_to_whoever_asks_for_them(
 
     manifest = SimpleNamespace(name="texts")
     found = inline.inline_of(Positions(), tmp_path, manifest, batch, (1, 2), (16, 32, 48, 64))
-    assert found == Inline(((2, 2), (2, 2)), (16, 32))
+    assert found == Inline(up_to(2).rows * 2, (16, 32))
     assert "texts fails at 1 rows, 48 long: RuntimeError: index 32 is out of bounds" in caplog.text
+
+
+def test_each_size_says_of_how_many_requests_it_must_be_for_the_loop_to_wait_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(inline, "_steady", lambda *_: True)
+    monkeypatch.setattr(inline, "_seconds", lambda _, inputs: 1e-5 * len(inputs["tokens"]))
+
+    def batch(rows: int, length: int) -> Any:
+        return {"tokens": np.zeros((rows, length), np.int64)}
+
+    rows = (1, 64, 96, 128, 249, 251, 300)
+    found = inline.inline_of(Positions(), tmp_path, SimpleNamespace(name="texts"), batch, rows, (0,))
+    assert found == Inline((((64, 0), (96, 3), (128, 6), (249, 18)),))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +100,7 @@ def test_short_texts_run_on_the_loop_and_long_ones_in_the_thread(repository, mod
     ran: set[tuple[bool, bool]] = set()
     with running(tmp_path, max_batch=8, device="cpu", engine="onnx", instances=1) as server:
         model = server.server.repository.find("transformer", "")
-        assert model.batcher.limits.inline == Inline(((8, 8),), (16,))
+        assert model.batcher.limits.inline == Inline(up_to(8).rows, (16,))
         loop, real = server.on_loop(threading.get_ident), model.loaded.runner.fast.run
 
         def noted(inputs: Any) -> Any:

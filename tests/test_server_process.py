@@ -98,7 +98,7 @@ def test_it_says_what_it_serves_answers_and_stops_on_sigterm(repository, modules
         text = "\n".join(server.lines)
         assert re.search(r"layercast \S+  python 3\.\d+\.\d+  torch \S+  onnxruntime \S+  \(.+\)", text)
         assert re.search(r"MODEL +VER +ENGINE +DEVICE +INPUT +OUTPUT +BATCH +LAYERS +WARM-UP", text)
-        assert re.search(r"mnist +1 +eager +(cpu|cuda) +image f32\[N,1,28,28\] +logits f32\[N,10\] +64/0ms +13 ", text)
+        assert re.search(r"mnist +1 +eager +(cpu|cuda) +image f32\[N,1,28,28\] +logits f32\[N,10\] +128/0ms +13 ", text)
         assert re.search(r"transformer +1 .* tokens i64\[N,T<=32\]", text)
         x = rows_for("mnist", 3)
         np.testing.assert_allclose(

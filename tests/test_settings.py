@@ -29,7 +29,7 @@ def test_defaults_are_the_documented_ports_on_loopback():
 
 
 def test_command_line_beats_environment_beats_file_beats_default(tmp_path, monkeypatch):
-    assert read({}).max_batch == 64
+    assert read({}).max_batch == 128
     Path("layercast.toml").write_text("max_batch = 3\nqueue_rows = 30\n")
     assert (read({}).max_batch, read({}).queue_rows) == (3, 30)
     monkeypatch.setenv("LAYERCAST_MAX_BATCH", "4")

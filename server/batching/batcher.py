@@ -286,10 +286,12 @@ class Batcher:
         """Run a batch that was taken from the queue; tell whether it has ended."""
         held = self._queue.held
         self._observer.queued(held.rows, held.bytes)
-        waited = self._observer.waited
+        waited, requests = self._observer.waited, 0
         for work in batch.works:
             work.started = now
             waited((now - work.arrived) / 1e9, work.requests)
+            requests += work.requests
+        self._patience.ran(requests)
         return self._forwards.start(batch, here or self._patience.here, not held.works)
 
     def _look_after_delay(self, now: int) -> None:

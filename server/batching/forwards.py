@@ -112,7 +112,7 @@ class Forwards:
             return False
         began = time.perf_counter_ns()
         ran, error = instance.run_here(works)
-        self._judge(time.perf_counter_ns() - began, requests if batch.rows == requests else 0)
+        self._judge(time.perf_counter_ns() - began, requests)
         if self._goes_on_apart(instance, batch, error):
             return False
         self._tell(works, ran, error, batch.reason)
@@ -121,10 +121,7 @@ class Forwards:
         return True
 
     def _judge(self, took_ns: int, requests: int) -> None:
-        """Leave the loop to others for a while when forwards on it take longer than was measured at the load.
-
-        `requests` are those of one row each, as for `limit`.
-        """
+        """Leave the loop to others for a while when forwards on it take longer than was measured at the load."""
         self._inline_runs += 1
         most_ns = int(_SURPRISE * 1e9 * limit(requests))
         if took_ns <= most_ns:

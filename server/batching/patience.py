@@ -7,7 +7,7 @@ _PASSES: Final = 4
 _LONGEST_NS: Final = 1_000_000
 _BUNCH: Final = 1.5
 _WEIGHT: Final = 1 / 16
-"""Of the latest pass in the mean of requests a pass."""
+"""Of the latest pass in the mean of requests a pass, and of the latest batch in that of requests a batch."""
 
 
 class Patience:
@@ -19,13 +19,15 @@ class Patience:
     queue; those that bring nothing take some microseconds each.
 
     A front end may hand over `together`, in one pass, all that came while the loop was busy. Then rows always run on
-    the loop, and wait for nobody.
+    the loop. To read what came takes a while, in which others come that have been answered together with those: where
+    batches have been of several requests, rows wait for one more pass, and see who did.
     """
 
     def __init__(self, together: bool = False) -> None:
         self._together = together
         self._quiet = self._new = 0
-        self._bunch = 1.0
+        self._bunch = self._batch = 1.0
+        self._has_waited = False
 
     @property
     def here(self) -> bool:
@@ -43,7 +45,15 @@ class Patience:
             self._bunch += (self._new - self._bunch) * _WEIGHT
             self._new = 0
 
+    def ran(self, requests: int) -> None:
+        """A batch of so many requests runs now."""
+        self._has_waited = False
+        self._batch += (requests - self._batch) * _WEIGHT
+
     def lasts(self, arrived: int) -> bool:
         """Tell whether to wait one more pass, the oldest row having arrived at `arrived` (`perf_counter_ns`)."""
         self._quiet += 1
-        return not self._together and self._quiet < _PASSES and time.perf_counter_ns() - arrived < _LONGEST_NS
+        if self._together:
+            self._has_waited = not self._has_waited and self._batch >= _BUNCH
+            return self._has_waited
+        return self._quiet < _PASSES and time.perf_counter_ns() - arrived < _LONGEST_NS

@@ -58,10 +58,10 @@ def inline_of(
     Measured at each of the `lengths` of `lengths_of`, up to the first at which it runs none. Nowhere for a program
     whose time depends on its inputs' values. OSError for one that is gone.
     """
-    found: list[tuple[int, int]] = []
+    found: list[tuple[tuple[int, int], ...]] = []
     names: set[str] = set()
     for length in lengths:
-        whole = single = 0
+        own: list[tuple[int, int]] = []
         for count in rows:
             try:
                 inputs = batch(count, length)
@@ -76,10 +76,13 @@ def inline_of(
             if seconds > limit(count):
                 break
             names.add(runs.name)
-            whole, single = count if seconds <= limit(0) else whole, count
-        if not single:
+            least = next(requests for requests in range(count + 1) if seconds <= limit(requests))
+            if own and own[-1][1] == least == 0:
+                own.pop()
+            own.append((count, least))
+        if not own:
             break
-        found.append((whole, single))
+        found.append(tuple(own))
     if not found or not all(_steady(directory, manifest, name) for name in _SEEN if name in names):
         return NOWHERE
     return Inline(tuple(found), tuple(lengths[: len(found)]) if any(lengths) else ())
