@@ -1,6 +1,6 @@
 """What a GPU gives, and what the server adds to it: one table, in a minute or two, on one card.
 
-    python benchmarks/gpu.py [--model resnet] [--device cuda:0] [--max-batch 64] [--precision fp32,bf16]
+    python benchmarks/gpu.py [--model resnet] [--device cuda:0] [--max-batch 128] [--precision fp32,bf16]
 
 For each precision, with the model's own forward on the card:
 
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--model", default="resnet")
     parser.add_argument("--repository", type=Path, help="a repository with the model (default: the zoo, exported)")
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--max-batch", type=int, default=64)
+    parser.add_argument("--max-batch", type=int, default=128)
     parser.add_argument("--precision", default="fp32,bf16")
     args = parser.parse_args()
     if not cuda.count():

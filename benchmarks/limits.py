@@ -24,7 +24,7 @@ from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.onnx import open_session
 from layercast.server.work import Tap
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ _SIZES: Final = frozenset((
     "Slice", "Squeeze", "Sub", "Unsqueeze",
 ))  # fmt: skip
 """Operators that compute sizes from sizes."""
-_ATTENDED: Final = 4
+_ATTENDED: Final = {"Attention": 4, "QAttention": 8}
 """The inputs of attention over one text: what is attended, weights, biases, a mask."""
 _UNEVEN: Final = "qkv_hidden_sizes"
 _MOST_SIZES: Final = 1024
@@ -67,15 +67,19 @@ def _forget_shapes(model: "ModelProto") -> None:
 
 def _unfuse(model: "ModelProto") -> None:
     """Put a node of the same output's shape in the place of ONNX Runtime's attention, which ONNX does not know."""
+    from onnx import TensorProto, helper
+
     weights = {weight.name: list(weight.dims) for weight in model.graph.initializer}
     for node in model.graph.node:
-        if (node.domain, node.op_type, len(node.output)) != ("com.microsoft", "Attention", 1):
+        if node.domain != "com.microsoft" or node.op_type not in _ATTENDED or len(node.output) != 1:
             continue
         hidden, every = weights[node.input[1]]
+        few = len(node.input) <= _ATTENDED[node.op_type]
         # As many for queries, keys and values; and none of a text that came before, which other inputs would tell of.
-        if every == 3 * hidden and len(node.input) <= _ATTENDED and not any(a.name == _UNEVEN for a in node.attribute):
-            node.domain, node.op_type = "", "Identity"
+        if every == 3 * hidden and few and not any(a.name == _UNEVEN for a in node.attribute):
+            node.domain, node.op_type = "", "Cast"
             del node.input[1:], node.attribute[:]
+            node.attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
 
 
 def _inferred(model: "ModelProto") -> "ModelProto":

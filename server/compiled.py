@@ -61,9 +61,10 @@ MODULES: Final = (
 
 It keeps no identity of tuples (`transport.direct.heads` asks for it), has no async generators (`transport.dispatch`),
 and `del`s no variable of a coroutine (`transport.calls` does, since an error would keep it). A field `_name` becomes
-`__name` in C, where it must not be a word of the language: no `_inline`, no `_thread`. Only instances of `Referable`
-can be referred to weakly. No class that is not compiled may be derived from one that is: `Index` has such a one, and so
-has `RpcCall` inside Envoy, where the sources run. And the `__init__` that a dataclass is given stays Python."""
+`__name` in C, where it must not be a word of the language: no `_inline`, no `_thread`. No class that is not compiled
+may be derived from one that is: `Index` has such a one, and so has `RpcCall` inside Envoy, where the sources run. The
+`__init__` that a dataclass is given stays Python. And no instance may be referred to weakly: those references are told
+nothing when it is freed. A `Mark` of it is."""
 
 LIBRARY: Final = "library"
 """The folder of what the modules share. It is apart from them, where nobody takes their folders for packages."""
@@ -73,10 +74,10 @@ _ROOT: Final = "layercast"
 logger = logging.getLogger(__name__)
 
 
-class Referable:
-    """A base, which is not compiled, of those classes of `MODULES` that are referred to weakly: no others can be."""
+class Mark:
+    """Lives as long as the one that has it, and is referred to weakly in its place: a class of `MODULES` can't be."""
 
-    __slots__ = ()
+    __slots__ = ("__weakref__",)
 
 
 def default_folder() -> Path:

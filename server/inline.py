@@ -53,5 +53,5 @@ NOWHERE: Final = Inline()
 
 def up_to(rows: int, single_rows: int = 0) -> Inline:
     """Return limits, the same for every length: so many rows, and, if they are more, so many requests of one row."""
-    pairs = ((rows, 0), (single_rows, single_rows))
-    return Inline((pairs if single_rows > rows else pairs[:1],))
+    pairs = ((rows, 0), (single_rows, single_rows)) if single_rows > rows else ((rows, 0),)
+    return Inline((tuple(pair for pair in pairs if pair[0]),))

@@ -13,7 +13,7 @@ from layercast.server import processors
 from layercast.server.batching.batcher import Batcher
 from layercast.server.batching.policy import Limits
 from layercast.server.batching.waiting import Waiting
-from layercast.server.compiled import Referable
+from layercast.server.compiled import Mark
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.tapped import TappedEngine
 from layercast.server.errors import InvalidArgument
@@ -82,20 +82,23 @@ class Loaded:
         )
 
 
-@dataclass(slots=True)
 class Group:
     """What a work's inputs mean to the queue: their key, if works are batched at all, their bytes and length."""
 
-    key: Hashable
-    bytes: int
-    length: int
+    __slots__ = ("bytes", "key", "length")
+
+    def __init__(self, key: Hashable, bytes: int, length: int) -> None:
+        self.key = key
+        self.bytes = bytes
+        self.length = length
 
 
-class ServedModel(Referable):
+class ServedModel:
     """Runs rows of one model version. Made on the event loop, since its batcher lives there."""
 
     def __init__(self, loaded: Loaded, monitor: ModelMonitor, together: bool = False) -> None:
         """`together` says how the front end hands over: see `Limits`."""
+        self.mark = Mark()
         self.loaded = loaded
         self.manifest = loaded.manifest
         self.monitor = monitor

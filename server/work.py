@@ -49,7 +49,6 @@ class Answer(Rows):
         self.batch_rows = batch_rows
 
 
-@dataclass(slots=True)
 class Course:
     """What the parts of one request have in common that are queued one after the other, not all at once.
 
@@ -58,9 +57,12 @@ class Course:
     `requests` have in common that are queued as one work, and end together.
     """
 
-    admitted: bool = False
-    counted: bool = False
-    requests: int = 1
+    __slots__ = ("admitted", "counted", "requests")
+
+    def __init__(self, admitted: bool = False, counted: bool = False, requests: int = 1) -> None:
+        self.admitted = admitted
+        self.counted = counted
+        self.requests = requests
 
 
 class Terms:

@@ -131,7 +131,7 @@ class Subject:
         if not self.short:
             return self._handled(raw, deadline, peer)
         asked = Asked(lambda late: begun and begun.cancel(late))
-        begun = self.rpc.begin(
+        begun = self.rpc.short.begin(
             raw, deadline, peer, lambda content, failed: asked.tell(content, failed and tuple(vars(failed).values()))
         )
         return asked if begun else None

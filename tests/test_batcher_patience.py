@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from batching import asking, batching, negate
 
+from layercast.server.batching import batcher as batcher_module
 from layercast.server.inline import up_to
 from layercast.server.work import Rows, Work
 
@@ -49,6 +50,21 @@ async def test_rows_that_come_together_wait_for_nobody_where_batches_were_of_one
     async with batching(engine, inline=up_to(8), together=True) as (batcher, _):
         await in_three_passes(batcher)
         assert engine.ran == [1, 1, 1]
+
+
+async def test_rows_that_wait_for_others_and_let_other_models_go_first_do_each_once():
+    engine = Noted()
+    async with batching(engine, inline=up_to(1, 8), together=True) as (batcher, _):
+        for _ in range(8):
+            await together(batcher, 3)
+        engine.ran.clear()
+        asked = [asking(batcher, value) for value in range(3)]
+        passes = 0
+        while not engine.ran:
+            await asyncio.sleep(0)
+            passes += 1
+        assert await asyncio.gather(*asked) == [[0], [-1], [-2]]
+        assert passes == 1 + 1 + batcher_module._PASSES + 1  # to be queued, for others, for other models, to run
 
 
 async def test_a_full_batch_waits_for_nobody():

@@ -207,7 +207,7 @@ async def test_requests_that_waited_leave_nothing_for_the_garbage_collection():
     async def ends() -> None:
         told: list[object] = []
         for _ in range(3):
-            subject.rpc.begin(request(1, 2).SerializeToString(), None, PEER, lambda *_: told.append(True))
+            subject.rpc.short.begin(request(1, 2).SerializeToString(), None, PEER, lambda *_: told.append(True))
         await until(lambda: len(told) == 3)
 
     await ends()

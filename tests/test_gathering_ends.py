@@ -48,7 +48,7 @@ async def test_a_caller_who_leaves_while_it_waits_is_counted_and_its_rows_never_
 async def test_a_caller_who_leaves_costs_nobody_a_place_in_a_full_queue():
     subject = Gathering(queue_rows=1, queue_timeout_ms=5000)
     subject.batcher.hold()
-    queued = subject.rpc.begin(request(*range(2)).SerializeToString(), soon(0.04), "other", lambda *_: None)
+    queued = subject.rpc.short.begin(request(*range(2)).SerializeToString(), soon(0.04), "other", lambda *_: None)
     assert isinstance(queued, Short)
     subject.ask(request(1, 2)).cancel(False)
     assert subject.batcher.queued_rows == 1
@@ -101,7 +101,7 @@ async def test_a_model_that_takes_the_place_of_another_has_its_own_waiting():
     assert subject.waiting == 1
     assert np.frombuffer((await early.ended()).raw_output_contents[0], "f4").tolist() == [14]
     await old.batcher.close()
-    gone = weakref.ref(old)
+    gone = weakref.ref(old.mark)
     del old, subject.model, each  # a call keeps what answered it
     gc.collect()
     assert gone() is None
@@ -113,7 +113,7 @@ async def test_the_queue_timeout_counts_from_when_a_request_came():
     subject = Gathering(queue_timeout_ms=60_000)
     subject.batcher.hold()  # so that each is queued by itself
     asked = [subject.ask(request(value, 1)) for value in (1, 2)]
-    for each in subject.service._gatherings[subject.model]._waiting:
+    for each in subject.service._gatherings[subject.model.mark]._waiting:
         each.came -= 59_990_000_000
     asked.append(subject.ask(request(3, 1)))
     for each in asked[:2]:
@@ -127,7 +127,7 @@ async def test_the_queue_timeout_counts_from_when_a_request_came():
 async def test_the_queue_timeout_goes_on_for_requests_that_are_queued_again():
     subject = Gathering(Gate(), queue_timeout_ms=60_000)
     asked = [subject.ask(request(value, 1)) for value in (-1, 2)]
-    for each in subject.service._gatherings[subject.model]._waiting:
+    for each in subject.service._gatherings[subject.model.mark]._waiting:
         each.came -= 59_990_000_000
     asked.append(subject.ask(request(3, 1)))  # the model fails for them together
     subject.batcher.hold()
@@ -144,7 +144,7 @@ async def test_who_is_alone_waits_seldom_and_who_is_not_comes_to_share(monkeypat
     subject, waited = Gathering(), 0
     for value in range(200):
         ends: list[Any] = []
-        begun = subject.rpc.begin(
+        begun = subject.rpc.short.begin(
             request(value, 1).SerializeToString(), None, PEER, lambda *end, to=ends: to.append(end)
         )
         waited += not isinstance(begun, Short)

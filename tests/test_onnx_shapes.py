@@ -11,7 +11,7 @@ from layercast.models.onnx_shapes import steady
 
 WEIGHTS = {
     "w": np.ones((4, 3), "f4"), "first": np.array([0]), "two": np.array([2, 2]), "one": np.array([1]),
-    "qkv": np.ones((4, 12), "f4"), "uneven": np.ones((4, 16), "f4"), "bias": np.zeros(12, "f4"),
+    "qkv": np.ones((4, 12), "f4"), "qkv8": np.ones((4, 12), "i1"), "zero8": np.array(0, "i1"), "uneven": np.ones((4, 16), "f4"), "bias": np.zeros(12, "f4"),
     "none": np.array(0), "step": np.array(1), "zero": np.array(0), "scalar": np.array(1.0, "f4"), "many": np.array(9), "true": np.array(True),
 }  # fmt: skip
 
@@ -57,6 +57,13 @@ STEADY = {
     ],
     "attention as it is fused": [
         helper.make_node("Attention", ["x", "qkv", "bias"], ["a"], domain="com.microsoft", num_heads=2),
+        node("Relu", "a", "y"),
+    ],
+    "attention as it is quantized": [
+        node("DynamicQuantizeLinear", "x", "q s z"),
+        helper.make_node(
+            "QAttention", ["q", "qkv8", "bias", "s", "scalar", "", "z", "zero8"], ["a"], domain="com.microsoft", num_heads=2
+        ),
         node("Relu", "a", "y"),
     ],
 }  # fmt: skip

@@ -235,7 +235,7 @@ def test_nothing_of_a_version_stays_in_memory(tmp_path, way):
         tiny.answered(server)
         model = server.server.repository.find("tiny", "")
         runner = model.loaded.runner
-        gone = [weakref.ref(thing) for thing in (model, runner.eager._module, runner.fast, runner.fast._session)]
+        gone = [weakref.ref(thing) for thing in (model.mark, runner.eager._module, runner.fast, runner.fast._session)]
         del model, runner
         gc.disable()
         try:

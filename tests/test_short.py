@@ -64,7 +64,7 @@ async def test_the_scenarios_end_in_every_way():
 async def test_a_request_that_is_refused_at_once_is_told_so_inside_begin():
     subject = Subject(short=True)
     told: list[Any] = []
-    begun = subject.rpc.begin(request(1, 2).SerializeToString(), soon(-1), PEER, lambda *end: told.append(end))
+    begun = subject.rpc.short.begin(request(1, 2).SerializeToString(), soon(-1), PEER, lambda *end: told.append(end))
     assert begun
     ((content, failed),) = told
     assert content is None
@@ -89,7 +89,7 @@ async def test_who_fails_to_take_an_answer_harms_nobody(caplog):
     def fail(*_: object) -> None:
         raise ValueError("mine")
 
-    subject.rpc.begin(raw, None, PEER, fail)
+    subject.rpc.short.begin(raw, None, PEER, fail)
     asked = subject.ask(raw)
     subject.batcher.release()
     assert (await asked.ended()).outputs[0].shape == [1]
@@ -109,11 +109,11 @@ async def test_an_answer_may_begin_the_next_request():
         assert content
         left -= 1
         if left:
-            subject.rpc.begin(raw, None, PEER, again)
+            subject.rpc.short.begin(raw, None, PEER, again)
         else:
             over.set()
 
-    subject.rpc.begin(raw, None, PEER, again)
+    subject.rpc.short.begin(raw, None, PEER, again)
     async with asyncio.timeout(10):
         await over.wait()
     await subject.batcher.close()
@@ -136,12 +136,14 @@ MANY = 50
 async def ends(subject: Subject, deadline: float | None = None, *values: float) -> None:
     """Ask once, and wait for the end without a reference to the request."""
     told: list[object] = []
-    subject.rpc.begin(request(*values or (1, 2)).SerializeToString(), deadline, PEER, lambda *_: told.append(True))
+    subject.rpc.short.begin(
+        request(*values or (1, 2)).SerializeToString(), deadline, PEER, lambda *_: told.append(True)
+    )
     await until(lambda: bool(told))
 
 
 async def leaves(subject: Subject) -> None:
-    begun = subject.rpc.begin(request(1, 2).SerializeToString(), None, PEER, lambda *_: None)
+    begun = subject.rpc.short.begin(request(1, 2).SerializeToString(), None, PEER, lambda *_: None)
     assert begun
     begun.cancel(False)
 

@@ -121,7 +121,10 @@ class _Padded(_SelfAttention):
 
 
 def _even(found: dict[str, Any]) -> bool:
-    """Tell whether x [N, T, E] is projected to H heads of one size, for queries, keys and values, and joined again."""
+    """Tell whether x [N, T, E] is projected to H heads of one size, for queries, keys and values, and joined again.
+
+    To E values together: of others `onnx_shapes` could not tell what comes out.
+    """
     x, heads = found["x"].shape, found["heads"].shape
     if x is None or len(x) != 3 or heads is None or len(heads) != 4:
         return False
@@ -130,7 +133,8 @@ def _even(found: dict[str, Any]) -> bool:
         return False
     rows, length, width = x[0], x[1], count * size
     return (
-        heads == [rows, count, length, size]
+        x[2] == width
+        and heads == [rows, count, length, size]
         and found["keys"].shape == [rows, count, size, length]
         and found["values"].shape == heads
         and found["attended"].shape == [rows, length, width]

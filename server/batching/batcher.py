@@ -265,7 +265,7 @@ class Batcher:
         held, oldest = self._queue.held, self._queue.oldest()
         return (
             oldest is not None
-            and not (self._hurried or self._limits.max_delay)
+            and not (self._hurried or self._limits.max_delay or self._queue.ripe())
             and held.rows < self._limits.max_batch
             and self._patience.here
             and self._forwards.inline(held.rows, held.requests, self._queue.longest)
@@ -275,9 +275,10 @@ class Batcher:
     def _lets_others(self) -> bool:
         """Whether to leave the loop's next pass to models with less to do, before rows hold it up that take longer."""
         held = self._queue.held
-        if not (self._passes_left and self._patience.here):
+        if not (self._passes_left and self._patience.here and held.rows):
             return False
-        if not self._forwards.holds_up(held.rows, held.requests, self._queue.longest):
+        rows = min(held.rows, self._limits.max_batch)  # and of the requests as many parts
+        if not self._forwards.holds_up(rows, held.requests * rows // held.rows, self._queue.longest):
             return False
         self._passes_left -= 1
         return True

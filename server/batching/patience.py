@@ -54,6 +54,7 @@ class Patience:
         """Tell whether to wait one more pass, the oldest row having arrived at `arrived` (`perf_counter_ns`)."""
         self._quiet += 1
         if self._together:
-            self._has_waited = not self._has_waited and self._batch >= _BUNCH
-            return self._has_waited
+            waits = not self._has_waited and self._batch >= _BUNCH
+            self._has_waited = True
+            return waits
         return self._quiet < _PASSES and time.perf_counter_ns() - arrived < _LONGEST_NS

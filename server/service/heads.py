@@ -43,7 +43,7 @@ class _Model:
     def __init__(self, name: str, version: str, model: ServedModel) -> None:
         self.name = name
         self.version = version
-        self.model = weakref.ref(model)
+        self.mark = weakref.ref(model.mark)
         self.lengths: dict[int, int] = {}
         self.forms: dict[bytes, tuple[Form, Sequence[bytes]]] = {}
 
@@ -83,7 +83,7 @@ class Heads:
             return None
         if known not in ready:
             model = self._ready(known.name, known.version)
-            ready[known] = model if known.model() is model else None
+            ready[known] = model if model and known.mark() is model.mark else None
         model = ready[known]
         if model is None:
             return None
@@ -106,7 +106,7 @@ class Heads:
         except (IndexError, DecodeError):
             return
         known = self._models.get(raw[:named])
-        if known is None or known.model() is not model:
+        if known is None or known.mark() is not model.mark:
             if len(self._models) >= _MOST:
                 self._models.clear()
             known = self._models[raw[:named]] = _Model(request.model_name, request.model_version, model)

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 
 from layercast.proto.codec import decode_inputs, fill_outputs, is_typed
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
+from layercast.server.compiled import Mark
 from layercast.server.layers import check_answer
 from layercast.server.model import ServedModel
 from layercast.server.monitor import Kind
@@ -50,8 +51,8 @@ class InferenceService:
     def __init__(self, answering: Answering) -> None:
         self._answering = answering
         self._heads = Heads(answering.ready_model)
-        self._gatherings: WeakKeyDictionary[ServedModel, Gathering] = WeakKeyDictionary()
-        self._plain: WeakKeyDictionary[ServedModel, Plain] = WeakKeyDictionary()
+        self._gatherings: WeakKeyDictionary[Mark, Gathering] = WeakKeyDictionary()
+        self._plain: WeakKeyDictionary[Mark, Plain] = WeakKeyDictionary()
 
     async def model_infer(self, request: ModelInferRequest, call: Call) -> ModelInferResponse:
         """Predictions, and any layer asked for as an output `layer:PATH[@reducer]`.
@@ -120,10 +121,10 @@ class InferenceService:
         return short
 
     def _gathering(self, model: ServedModel) -> Gathering:
-        gathering = self._gatherings.get(model)
+        gathering = self._gatherings.get(model.mark)
         if gathering is None:
             gathering = Gathering(self._begin_gathered, model.loaded.settings.max_batch)
-            self._gatherings[model], model.on_hurry = gathering, gathering.end
+            self._gatherings[model.mark], model.on_hurry = gathering, gathering.end
         return gathering
 
     def _begin_gathered(self, waiting: Sequence[Gathered]) -> None:
@@ -184,10 +185,10 @@ class InferenceService:
             await off_loop(size, self._encode, response, request, model, asked, answered)
 
     def _plain_of(self, model: ServedModel) -> Plain:
-        plain = self._plain.get(model)
+        plain = self._plain.get(model.mark)
         if plain is None:
             settings = model.loaded.settings
-            plain = self._plain[model] = Plain(model.manifest, self._answering.max_bytes, LARGE, settings)
+            plain = self._plain[model.mark] = Plain(model.manifest, self._answering.max_bytes, LARGE, settings)
         return plain
 
     async def _answer_plain(

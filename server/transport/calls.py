@@ -18,7 +18,7 @@ from layercast.server.service.call import Call
 from layercast.server.service.gathering import Gathered
 from layercast.server.transport.counted import Context, Counted
 from layercast.server.transport.ending import abort, run_counted
-from layercast.server.transport.short_call import Begun, Ended, Short, ShortRpc
+from layercast.server.transport.short_call import Short, ShortRpc
 from layercast.server.transport.status import Reply
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -57,10 +57,6 @@ class UnaryRpc:
     def handler(self) -> Handler:
         """Return what grpc registers. It parses nothing itself: it would answer malformed bytes with INTERNAL."""
         return grpc.unary_unary_rpc_method_handler(self._handle)
-
-    def begin(self, raw: bytes, deadline: float | None, peer: str, ended: Ended) -> Begun | None:
-        """Do as `short` does; None without one."""
-        return self.short.begin(raw, deadline, peer, ended) if self.short else None
 
     async def _handle(self, raw: bytes, context: Context) -> bytes:
         if self.short:
