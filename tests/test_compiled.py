@@ -17,8 +17,8 @@ from layercast.server import compiled
 FOLDER = TESTS.parent / "build" / "compiled"
 """Kept from run to run: what is compiled there is named after the sources."""
 MODULES = (
-    "test_bad_requests", "test_batcher_endings", "test_direct_streams", "test_gathering_ends", "test_network_faults",
-    "test_reload", "test_server_inference", "test_short", "test_stream", "test_wire",
+    "test_bad_requests", "test_batcher_endings", "test_direct_streams", "test_network_faults", "test_reload",
+    "test_server_inference", "test_short", "test_stream", "test_wire",
 )  # fmt: skip
 
 
