@@ -293,7 +293,7 @@ class Batcher:
             waited((now - work.arrived) / 1e9, work.requests)
             requests += work.requests
         self._patience.ran(requests)
-        return self._forwards.start(batch, here or self._patience.here, not held.works)
+        return self._forwards.start(batch, requests, here or self._patience.here, not held.works)
 
     def _look_after_delay(self, now: int) -> None:
         if oldest := self._queue.oldest():

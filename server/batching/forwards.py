@@ -95,15 +95,14 @@ class Forwards:
         """Tell whether that would take longer than anything but what answers so many requests may take."""
         return self.inline(rows, requests, length) and not self._on_loop.takes(rows, 0, length)
 
-    def start(self, batch: Batch, here: bool, last: bool) -> bool:
-        """Run `batch` on a free instance; tell whether it has ended, which is so when it ran on the event loop.
+    def start(self, batch: Batch, requests: int, here: bool, last: bool) -> bool:
+        """Run `batch`, of so many requests, on a free instance; tell whether it has ended, on the event loop.
 
         It does so only if `here`, and only a batch of plain predictions that is short. `last` says that nothing waits.
         """
         alone = self._alone if last and len(self._free) == len(self._instances) else None
         instance, works = self._free.pop(), batch.works
         self.running.update(works)
-        requests = sum(work.requests for work in works) if here else 0
         length = max(work.length for work in works) if self._on_loop.lengths else 0
         short = here and self.inline(batch.rows, requests, length)
         if not short or any(work.taps or work.edits for work in works):
