@@ -109,10 +109,11 @@ def use(folder: Path) -> bool:
     already: a class must not be there twice.
     """
     try:
-        if not folder.is_dir() or not is_whole(root := folder / made_of()):
-            return False
+        root = find(folder)
     except OSError as error:
         logger.warning("compiled code can't be read, the sources run: %s", error.strerror)
+        return False
+    if root is None:
         return False
     if early := [name for name in MODULES if f"{_ROOT}.{name}" in sys.modules]:
         raise RuntimeError(f"this is a bug: {early} were imported before their compiled code was looked for")
@@ -128,6 +129,12 @@ def use(folder: Path) -> bool:
         own = root.joinpath(_ROOT, *package.split("."))
         importlib.import_module(f"{_ROOT}.{package}").__path__.insert(0, str(own))
     return True
+
+
+def find(folder: Path) -> Path | None:
+    """Return where in `folder` the code of these sources is, if all of it is there."""
+    root = folder / made_of() if folder.is_dir() else None
+    return root if root and is_whole(root) else None
 
 
 def is_whole(root: Path) -> bool:

@@ -1,8 +1,11 @@
 """The hot path as native code: it answers as the sources do, is used just where it is current, and nothing depends on it."""
 
+import fcntl
 import os
+import subprocess
 import sys
 import sysconfig
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from test_server_process import READY, infer, serving
 
 from layercast.client.main import main
 from layercast.server import compiled
+from layercast.server.commands import compile
 
 FOLDER = TESTS.parent / "build" / "compiled"
 """Kept from run to run: what is compiled there is named after the sources."""
@@ -141,6 +145,49 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert main(["compile", "--output", str(tmp_path)]) == 1
     assert "the compiler failed, and the server runs without" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_one_left_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "MODULES", ("server.text",))
+    monkeypatch.setenv("CC", "false")
+    (tmp_path / ".compiling-abc" / "layercast").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    assert main(["compile", "--output", str(tmp_path)]) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / ".hidden"]
+
+
+def test_another_one_at_work_is_waited_for_and_its_folder_left_alone(tmp_path):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    (tmp_path / ".compiling-abc").mkdir()
+    command = [sys.executable, "-m", "layercast.server", "compile", "--output", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with process:
+        assert process.stderr.readline() == f"waiting for another `layercast compile` in {tmp_path}\n"
+        assert list(tmp_path.iterdir()) == [tmp_path / ".compiling-abc"]
+        pretend(tmp_path / compiled.made_of())
+        (tmp_path / compiled.made_of() / f"mypy-{version('mypy')}").touch()
+        os.close(handle)
+        assert process.stdout.read() == f"already compiled: {tmp_path / compiled.made_of()}\n"
+    assert process.returncode == 0
+
+
+def test_another_mypy_makes_it_again_and_none_keeps_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "MODULES", ("server.text",))
+    root = tmp_path / compiled.made_of()
+    pretend(root)
+    (root / "mypy-2.3.9").touch()
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert "compiled 1 modules" in capsys.readouterr().out
+    assert {path.name for path in root.iterdir()} == {"layercast", "library", f"mypy-{version('mypy')}"}
+    assert list(tmp_path.iterdir()) == [root]
+    monkeypatch.setattr(compile, "version", no_such_package)
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert "already compiled" in capsys.readouterr().out
+
+
+def no_such_package(name: str) -> str:
+    raise PackageNotFoundError(name)
 
 
 def test_what_was_made_of_other_sources_goes(tmp_path, monkeypatch, capsys):

@@ -196,12 +196,11 @@ def check_compiled() -> Iterator[Finding]:
     from layercast.server.settings import read
 
     try:
-        folder = read({}).compiled
+        found = compiled.find(read({}).compiled)
     except StartError as error:
         yield Finding("warn", "compiled", f"the settings can't be read: {error}")
         return
-    found = compiled.is_whole(folder / compiled.made_of())
-    without = "no, and it runs without: `layercast compile` makes small requests a fifth faster"
+    without = "no, and it runs without: `layercast compile` makes small requests up to 1.8 times as many a second"
     yield Finding("ok", "compiled", "yes" if found else without)
 
 
