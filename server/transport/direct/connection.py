@@ -196,6 +196,9 @@ class Connection(asyncio.Protocol):
         elif stream.has_ended_body or stream.receivable < size:
             self.took(size)
             self._reset(stream, Code.STREAM_CLOSED if stream.has_ended_body else Code.FLOW_CONTROL_ERROR)
+        elif stream.promised >= 0 and not stream.keeps_promise(len(payload), ended):
+            self.took(size)
+            self._reset(stream, Code.PROTOCOL_ERROR)
         else:
             stream.receivable -= size
             stream.take(payload, size, ended)
@@ -205,7 +208,7 @@ class Connection(asyncio.Protocol):
     def on_headers(self, number: int, head: Head, ended: bool) -> None:
         """Begin a call, or end the body of one."""
         if stream := self._streams.get(number):
-            if stream.has_ended_body or not ended or not head.is_trailers:
+            if stream.has_ended_body or not ended or not head.is_trailers or stream.promised > 0:
                 self._reset(stream, Code.STREAM_CLOSED if stream.has_ended_body else Code.PROTOCOL_ERROR)
             else:
                 stream.end_body()
@@ -260,7 +263,7 @@ class Connection(asyncio.Protocol):
         if self._leaving or full:
             self._calm.spend()
             self._send_reset(number, Code.REFUSED_STREAM)
-        elif head.malformed:
+        elif head.malformed or (ended and head.length > 0):
             self._calm.spend()
             self._send_reset(number, Code.PROTOCOL_ERROR)
         elif head.refusal:

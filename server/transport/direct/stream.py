@@ -34,7 +34,7 @@ class Stream(RpcCall):
     __slots__ = (
         "_begun", "_connection", "_missing", "_owed", "_path", "_pieces", "_since", "_timer", "_untaken",
         "_was_answered",
-        "ending", "number", "receivable", "sendable", "started",
+        "ending", "number", "promised", "receivable", "sendable", "started",
     )  # fmt: skip
 
     together: ClassVar[bool] = True
@@ -54,6 +54,8 @@ class Stream(RpcCall):
         # Bytes that came and were not yet allowed again, of this stream and of the connection.
         self._owed = self._untaken = 0
         self.number = number
+        # Bytes of the body that `content-length` says are still to come, -1 where nothing says how many.
+        self.promised = head.length
         self.receivable = WINDOW
         self.sendable = sendable
         self.started = False
@@ -87,6 +89,11 @@ class Stream(RpcCall):
         self._task = self._loop.create_task(self._run())
         # Not at the end of `_run`, whose first step may never come: a reset in the same read cancels it before.
         self._task.add_done_callback(self._ran)
+
+    def keeps_promise(self, many: int, ended: bool) -> bool:
+        """Count so many bytes more of a body of promised length; tell whether it can still be, or is, that long."""
+        self.promised -= many
+        return self.promised == 0 if ended else self.promised >= 0
 
     def take(self, piece: bytes, size: int, ended: bool) -> None:
         """Take a piece of the body that had `size` bytes with its padding."""
