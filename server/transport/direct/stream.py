@@ -161,6 +161,8 @@ class Stream(RpcCall):
         if begun:
             # A caller whose deadline is over resets the call, often before the deadline is over here.
             begun.cancel(late=self._loop.time() >= late_from(self.deadline, self._since))
+        else:
+            self._connection.handlers.cut_short(self, self._path, self._since)
         if cause is not Cause.GONE:
             self.cut(cause)
             self._finish()
@@ -220,6 +222,7 @@ class Stream(RpcCall):
         error = None if task.cancelled() else task.exception()
         if error:
             logger.error("the call to %s failed", self._path, exc_info=error)
+        self._connection.handlers.cut_short(self, self._path, self._since)  # its task may never have begun
         self._connection.ran(self)
 
     def _finish(self) -> None:
