@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from typing import Final, Protocol, cast
 
 from layercast.server.transport.direct import frames
@@ -69,7 +70,7 @@ class Connection(asyncio.Protocol):
         self._calm = Calm()
         self._reader = Reader(self, self._calm)
         self._streams: dict[int, Stream] = {}
-        self._leaving = self._has_greeted = False
+        self._leaving = self._has_greeted = self._has_heard_all = False
         self._last = 0
         self._receivable = _WINDOW
         self._owed = 0
@@ -106,6 +107,20 @@ class Connection(asyncio.Protocol):
         except Exception:
             logger.exception("a connection of HTTP/2 failed")
             self._fail(Code.INTERNAL_ERROR, "")
+
+    def eof_received(self) -> bool:
+        """The peer sends no more: answer what has come whole, while it reads. TLS ends both ways at once."""
+        if self.deaf or not self._transport.can_write_eof():
+            return False
+        for stream in list(self._streams.values()):
+            if not stream.has_ended_body:
+                self._abandon(stream)
+        if self._streams and not self._has_heard_all:
+            self._leaving = self._has_heard_all = True
+            # Not only to be polite: a peer that has gone answers it with a reset, which nothing else would bring.
+            self._transport.write(frames.goaway(self._last, Code.NO_ERROR))
+            self._pulse.look_after(self._is_broken)
+        return bool(self._streams)
 
     def pause_writing(self) -> None:
         """The peer reads slowly: take nothing more from it until it has read."""
@@ -324,6 +339,13 @@ class Connection(asyncio.Protocol):
         if self._leaving and not self._streams and not self.deaf:
             self._close(_PATIENCE_SECONDS)
 
+    def _is_broken(self) -> bool:
+        """Tell whether the connection was found broken; without reading, the event loop does not see it."""
+        if self._transport.is_closing():
+            return False
+        error: int = self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return error != 0
+
     def _fail(self, code: Code, text: str) -> None:
         """Say what the peer did wrong, and close."""
         self.on_greeting()
@@ -338,7 +360,7 @@ class Connection(asyncio.Protocol):
         self.deaf = True
         self._pulse.end_within(seconds)
         # Closed with bytes unread, TCP would take back what was written last: what still comes is read, and not heard.
-        if self._transport.can_write_eof():
+        if self._transport.can_write_eof() and not self._has_heard_all:
             self._transport.resume_reading()
             self._transport.write_eof()
         else:
