@@ -50,6 +50,7 @@ MODULES: Final = (
     "server.transport.rpc_call",
     "server.transport.short_call",
     "server.transport.timeouts",
+    "server.transport.direct.calls",
     "server.transport.direct.calm",
     "server.transport.direct.connection",
     "server.transport.direct.frames",
