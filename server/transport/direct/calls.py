@@ -33,8 +33,8 @@ class Answering(Protocol):
 class Calls:
     """The calls of one peer, and the window that they share.
 
-    `last` is the number of the one that began last. Once `refusing`, no more are taken, and `on_idle` is called when the
-    last one has ended; once `deaf`, nothing more is said to the peer but what calls answer.
+    `last` is the number of the one that began last. Once `refusing`, no more are taken, and `on_idle` is called when
+    none is left; once `deaf`, nothing more is said to the peer but what calls answer.
     """
 
     def __init__(
