@@ -33,6 +33,7 @@ MODULES: Final = (
     "server.batching.patience",
     "server.batching.policy",
     "server.batching.queue",
+    "server.batching.timers",
     "server.batching.waiting",
     "server.service.answering",
     "server.service.bunch",
