@@ -8,13 +8,14 @@ from h2_peer import Peer
 from test_direct_shutdown import stopping
 from test_server_inference import wait_until
 
-from layercast.proto.rpc import FEATURES, INFERENCE
+from layercast.proto.rpc import INFERENCE
 
 HEALTH = "/grpc.health.v1.Health/Check"
+WATCH = "/grpc.health.v1.Health/Watch"
 RPCS = {
     "ModelInfer": ("unary", INFERENCE["ModelInfer"].path),
     "ServerLive": ("unary", INFERENCE["ServerLive"].path),
-    "ExtractStream": ("server_stream", FEATURES["ExtractStream"].path),
+    WATCH: ("server_stream", WATCH),
     HEALTH: ("unary", HEALTH),
     "/no.Such/Rpc": ("unary", "/(unknown)/(unknown)"),
 }

@@ -139,6 +139,24 @@ def test_a_peer_that_reads_slowly_gets_all(server):
     closes(server)
 
 
+@pytest.mark.parametrize("first", [0, 100], ids=["no window", "some"])
+@pytest.mark.parametrize("name", ["ModelInfer", "ModelStreamInfer"])
+def test_an_answer_that_does_not_fit_into_its_window_is_given_up(server, name, first):
+    """The window would never open; nobody waits for that, and answers that fit are sent."""
+    with Peer(server.server.grpc_port, {SettingCodes.INITIAL_WINDOW_SIZE: first}) as peer:
+        with held(server) as batcher:
+            for stream in (1, 3):
+                peer.headers(stream, call_headers(name if stream == 1 else "ModelInfer"))
+                peer.open_window(stream, 10_000 if stream == 3 else 1)
+                peer.data(stream, message(floats(100).SerializeToString()), end=True)
+            wait_until(server, lambda: batcher.queued_rows == 2)
+            shut(peer)
+        assert_echoed(peer.answer(3), 100)
+        assert peer.answer(1).reset is ErrorCodes.CANCEL
+        assert peer.ends() is ErrorCodes.NO_ERROR
+    closes(server)
+
+
 def test_a_deadline_still_ends_a_call(server, peer):
     with held(server):
         peer.call(1, "ModelInfer", floats(10), ("grpc-timeout", "50m"))

@@ -97,7 +97,7 @@ class Connection(asyncio.Protocol):
             self._calls.refusing = self._has_heard_all = True
             # Not only to be polite: a peer that has gone answers it with a reset, which nothing else would bring.
             self._transport.write(frames.goaway(self._calls.last, Code.NO_ERROR))
-            self._pulse.look_after(self._is_broken)
+            self._pulse.look_after(self._is_still_read)
         return not self._calls.idle
 
     def pause_writing(self) -> None:
@@ -170,12 +170,13 @@ class Connection(asyncio.Protocol):
         if self._calls.refusing and self._calls.idle and not self.deaf:
             self._close(_PATIENCE_SECONDS)
 
-    def _is_broken(self) -> bool:
-        """Tell whether the connection was found broken; without reading, the event loop does not see it."""
+    def _is_still_read(self) -> bool:
+        """Go on with a peer that sends no more; tell whether it is still there, which the event loop does not see."""
+        self._calls.give_up_blocked()
         if self._transport.is_closing():
-            return False
+            return True
         error: int = self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return error != 0
+        return error == 0
 
     def _fail(self, code: Code, text: str) -> None:
         """Say what the peer did wrong, and close."""
@@ -191,7 +192,10 @@ class Connection(asyncio.Protocol):
         self.deaf = self._calls.deaf = True
         self._pulse.end_within(seconds)
         # Closed with bytes unread, TCP would take back what was written last: what still comes is read, and not heard.
-        if self._transport.can_write_eof() and not self._has_heard_all:
+        if self._has_heard_all:
+            # Not in `resume_writing`, from which asyncio would report the end twice.
+            self._loop.call_soon(self._transport.close)
+        elif self._transport.can_write_eof():
             self._transport.resume_reading()
             self._transport.write_eof()
         else:

@@ -41,12 +41,12 @@ class Pulse:
         if self._looks:
             self._looks.cancel()
 
-    def look_after(self, is_broken: Callable[[], bool]) -> None:
+    def look_after(self, is_there: Callable[[], bool]) -> None:
         """The peer sends no more, so that nothing tells when it has gone: ask again and again."""
-        if is_broken():
-            self._gone()
+        if is_there():
+            self._looks = self._loop.call_later(_LOOK_SECONDS, self.look_after, is_there)
         else:
-            self._looks = self._loop.call_later(_LOOK_SECONDS, self.look_after, is_broken)
+            self._gone()
 
     def end_within(self, seconds: float) -> None:
         """The connection is to close: call `gone` if it is still there after so long."""
