@@ -201,7 +201,7 @@ def check_compiled() -> Iterator[Finding]:
         yield Finding("warn", "compiled", f"the settings can't be read: {error}")
         return
     found = compiled.is_whole(folder / compiled.made_of())
-    without = "no, and it runs without: `layercast compile` makes small requests a fifth faster"
+    without = "no, and it runs without: `layercast compile` answers up to 1.8 times as many small requests a second"
     yield Finding("ok", "compiled", "yes" if found else without)
 
 
