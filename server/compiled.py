@@ -10,6 +10,7 @@ import logging
 import platform
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 from typing import Final
 
@@ -71,6 +72,9 @@ nothing when it is freed. A `Mark` of it is."""
 LIBRARY: Final = "library"
 """The folder of what the modules share. It is apart from them, where nobody takes their folders for packages."""
 
+OLD_THROW: Final = r"the \(type, exc, tb\) signature of throw\(\)"
+"""A warning of Python 3.12 and newer: mypyc's coroutines pass an error on to what they await as it was done before."""
+
 _ROOT: Final = "layercast"
 
 logger = logging.getLogger(__name__)
@@ -127,6 +131,8 @@ def use(folder: Path) -> bool:
         sys.path.remove(str(library.parent))
         logger.warning("compiled code can't be loaded, the sources run: %s", str(error).replace(str(library), "it"))
         return False
+    # Where warnings are errors, it would take the place of the error, a cancellation for example.
+    warnings.filterwarnings("ignore", OLD_THROW, DeprecationWarning)
     for package in dict.fromkeys(name.rpartition(".")[0] for name in MODULES):
         own = root.joinpath(_ROOT, *package.split("."))
         importlib.import_module(f"{_ROOT}.{package}").__path__.insert(0, str(own))

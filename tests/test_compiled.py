@@ -25,6 +25,26 @@ MODULES = (
     "test_server_inference", "test_short", "test_stream", "test_wire",
 )  # fmt: skip
 
+CANCELLING = """
+import asyncio, sys, threading
+from pathlib import Path
+from layercast.server import compiled
+assert compiled.use(Path(sys.argv[1]))
+from layercast.server.service.answering import off_loop
+async def main():
+    leave = threading.Event()
+    call = asyncio.create_task(off_loop(1 << 40, leave.wait))
+    await asyncio.sleep(0)  # it is in the thread now
+    call.cancel()
+    try:
+        await call
+    except asyncio.CancelledError:
+        print("cancelled" if compiled.in_use() else "the sources run")
+    finally:
+        leave.set()
+asyncio.run(main())
+"""
+
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
@@ -59,6 +79,13 @@ def test_a_server_uses_it_and_says_so(folder, repository, modules):
         rows = rows_for("mnist", 5)
         answer = infer(ready[1], request("mnist", rows))
         np.testing.assert_allclose(values_of(answer), offline(modules["mnist"], rows), rtol=1e-4, atol=1e-5)
+
+
+def test_where_warnings_are_errors_a_cancelled_call_is_cancelled(folder):
+    old = "the (type, exc, tb) signature of throw() is deprecated"  # since Python 3.12
+    command = [sys.executable, "-W", f"error:{old}:DeprecationWarning", "-c", CANCELLING, folder]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.stdout == "cancelled\n"
 
 
 def test_without_current_code_the_sources_run(tmp_path):
