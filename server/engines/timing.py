@@ -14,18 +14,22 @@ from layercast.server.inline import limit
 
 logger = logging.getLogger(__name__)
 
-_ROUNDS: Final = 20
+_ROUNDS: Final = 40
 _LEAST_ROUNDS: Final = 4
 """TorchScript compiles in its second run of a shape; the smallest of four is that of a warm one."""
 
 _ENOUGH: Final = 0.03
-"""Seconds for the runs of one bucket, after which only the least rounds are made."""
+"""Seconds for the rounds of one bucket that come after those, among the candidates that are close."""
 
 SLOW: Final = 0.02
 """Seconds of a batch from which on more rows change nothing: larger ones are computed as this one."""
 
 _WARM: Final = 3
-_HOPELESS: Final = 5.0
+_HOPELESS: Final = 2.5
+_CLOSE: Final = 1.4
+"""How many times the least cost a candidate may have to be timed further: most of the time would go to those that
+can't win, and what is left to tell two apart that take nearly as long would be a few runs."""
+
 _CROWDED: Final = 1.2
 _LONG: Final = 0.001
 _SHARED: Final = 1.15
@@ -54,6 +58,10 @@ class Instant(NamedTuple):
 
     wall: float
     cpu: float
+
+
+Readings = dict[Candidate, list[Instant]]
+"""What each run of a batch took."""
 
 
 def now() -> Instant:
@@ -89,37 +97,49 @@ def fastest(
     costs: Costs = {}
     for length in buckets.lengths:
         for rows in buckets.rows:
-            measured = _measure(runs, batch, rows, length, clock)
+
+            def cost(readings: Readings, rows: int = rows) -> dict[Candidate, float]:
+                quickest = min((_least(taken) for one, taken in readings.items() if one in here), default=math.inf)
+                return _costs(readings, (_OTHERS_MEANWHILE if quickest <= limit(rows) else _OTHERS) / processors)
+
+            measured = _measure(runs, batch, rows, length, cost, clock)
             if measured is None:
                 break
             readings, failed = measured
-            quickest = min((_least(taken) for one, taken in readings.items() if one in here), default=math.inf)
-            others = _OTHERS_MEANWHILE if quickest <= limit(rows) else _OTHERS
-            costs[length, rows] = _costs(readings, others / processors) | dict.fromkeys(failed, math.inf)
+            costs[length, rows] = cost(readings) | dict.fromkeys(failed, math.inf)
             if min(map(_least, readings.values())) > SLOW:
                 break
     return choose(list(runs), buckets, costs), costs
 
 
 def _measure(
-    runs: Mapping[Candidate, Run], batch: Batch, rows: int, length: int, clock: Callable[[], Instant]
-) -> tuple[dict[Candidate, list[Instant]], list[Candidate]] | None:
+    runs: Mapping[Candidate, Run],
+    batch: Batch,
+    rows: int,
+    length: int,
+    cost: Callable[[Readings], dict[Candidate, float]],
+    clock: Callable[[], Instant],
+) -> tuple[Readings, list[Candidate]] | None:
     """Return what runs of a batch took on each candidate, and those that it fails on; None when it runs on none.
 
-    Candidates take turns, so that what disturbs the machine for a moment disturbs all.
+    Candidates take turns, so that what disturbs the machine for a moment disturbs all; in the end only those whose
+    `cost` is near the least.
     """
     try:
         inputs = batch(rows, length)
     except ValueError as error:
         logger.warning("no batch of %d rows, %d long, to time engines with: %s", rows, length, error)
         return None
-    readings: dict[Candidate, list[Instant]] = {candidate: [] for candidate in runs}
+    readings: Readings = {candidate: [] for candidate in runs}
     failed: list[Candidate] = []
-    began = clock().wall
+    enough = math.inf
     for at in range(_ROUNDS):
-        if at >= _LEAST_ROUNDS and clock().wall - began > _ENOUGH:
+        turns = _hopeful(readings, at, cost)
+        if at == _LEAST_ROUNDS:
+            enough = clock().wall + _ENOUGH
+        if at >= _LEAST_ROUNDS and (len(turns) < 2 or clock().wall > enough):
             break
-        for candidate in _hopeful(readings, at):
+        for candidate in turns:
             try:
                 readings[candidate].append(_once(runs[candidate], inputs, clock))
             except Exception as error:  # of a program that takes only some sizes, say
@@ -129,15 +149,19 @@ def _measure(
     return (readings, failed) if readings else None
 
 
-def _hopeful(readings: Mapping[Candidate, list[Instant]], at: int) -> list[Candidate]:
+def _hopeful(readings: Readings, at: int, cost: Callable[[Readings], dict[Candidate, float]]) -> list[Candidate]:
     """Return the candidates that may still win: first all, then those that don't take many times as long."""
-    if at < _WARM:
+    if at < _WARM or not readings:
         return list(readings)
-    limit = _HOPELESS * min(map(_least, readings.values()))
-    return [candidate for candidate, taken in readings.items() if _least(taken) <= limit]
+    if at < _LEAST_ROUNDS:
+        most = _HOPELESS * min(map(_least, readings.values()))
+        return [candidate for candidate, taken in readings.items() if _least(taken) <= most]
+    costs = cost(readings)
+    most = _CLOSE * min(costs.values())
+    return [candidate for candidate, seconds in costs.items() if seconds <= most]
 
 
-def _costs(readings: Mapping[Candidate, list[Instant]], others: float) -> dict[Candidate, float]:
+def _costs(readings: Readings, others: float) -> dict[Candidate, float]:
     """Return what each candidate costs, in seconds; a second of processors' time costs `others`.
 
     The least duration counts, since whatever else runs only ever adds. On a machine that is busy, which shows where
