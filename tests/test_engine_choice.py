@@ -161,7 +161,7 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again_but_not_for_ever(
 
 def test_only_what_would_run_on_the_event_loop_is_weighed_as_if_it_did(artefact, timed, monkeypatch):
     loaded(artefact, None)
-    loaded(artefact, None, instances=2)
+    loaded(artefact, None, threads=4, instances=2)
     monkeypatch.setattr(inline, "_steady", lambda *program: False)
     loaded(artefact, None)
     assert timed.here == [{ONE, TWO}, set(), set()]

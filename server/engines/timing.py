@@ -29,6 +29,12 @@ _HOPELESS: Final = 2.5
 _CLOSE: Final = 1.4
 """How many times the least cost a candidate may have to be timed further: most of the time would go to those that
 can't win, and what is left to tell two apart that take nearly as long would be a few runs."""
+_ANOTHER_CHANCE: Final = 4
+"""One round in so many is one for all but the hopeless: a candidate may have met a bad moment in all its runs."""
+
+_FLUKES: Final = 8
+"""One reading in so many is left out as shorter than what can be had again."""
+
 
 _CROWDED: Final = 1.2
 _LONG: Final = 0.001
@@ -137,9 +143,9 @@ def _measure(
         turns = _hopeful(readings, at, cost)
         if at == _LEAST_ROUNDS:
             enough = clock().wall + _ENOUGH
-        if at >= _LEAST_ROUNDS and (len(turns) < 2 or clock().wall > enough):
+        if at >= _LEAST_ROUNDS and clock().wall > enough:
             break
-        for candidate in turns:
+        for candidate in turns if turns[1:] or at < _LEAST_ROUNDS else ():
             try:
                 readings[candidate].append(_once(runs[candidate], inputs, clock))
             except Exception as error:  # of a program that takes only some sizes, say
@@ -151,25 +157,25 @@ def _measure(
 
 def _hopeful(readings: Readings, at: int, cost: Callable[[Readings], dict[Candidate, float]]) -> list[Candidate]:
     """Return the candidates that may still win: first all, then those that don't take many times as long."""
-    if at < _WARM or not readings:
+    if at < _WARM or len(readings) < 2:
         return list(readings)
     if at < _LEAST_ROUNDS:
         most = _HOPELESS * min(map(_least, readings.values()))
         return [candidate for candidate, taken in readings.items() if _least(taken) <= most]
     costs = cost(readings)
-    most = _CLOSE * min(costs.values())
+    most = (_CLOSE if (at + 1) % _ANOTHER_CHANCE else _HOPELESS) * min(costs.values())
     return [candidate for candidate, seconds in costs.items() if seconds <= most]
 
 
 def _costs(readings: Readings, others: float) -> dict[Candidate, float]:
     """Return what each candidate costs, in seconds; a second of processors' time costs `others`.
 
-    The least duration counts, since whatever else runs only ever adds. On a machine that is busy, which shows where
+    The least durations count, since whatever else runs only ever adds. On a machine that is busy, which shows where
     one thread takes longer than its processor's time, no run that is long is left alone, and several threads find no
     free processors; there the processors' time, evenly spread, is taken for the duration. Threads that wait for each
     other in vain spin meanwhile, which is no work: what one alone works tells how much that is at most.
     """
-    typical = {candidate: statistics.median(one.cpu for one in taken) for candidate, taken in readings.items()}
+    typical = {candidate: _low(one.cpu for one in taken) for candidate, taken in readings.items()}
     alone = [one.wall / one.cpu for c, taken in readings.items() if c.threads == 1 for one in taken if one.cpu > 0]
     several = any(candidate.threads > 1 for candidate in readings)
     busy = several and bool(alone) and statistics.median(alone) > _CROWDED and min(typical.values()) > _LONG
@@ -178,9 +184,14 @@ def _costs(readings: Readings, others: float) -> dict[Candidate, float]:
             one = typical.get(candidate._replace(threads=1), math.inf)
             typical[candidate] = min(cpu, _SHARED * one)
     return {
-        candidate: (cpu / candidate.threads if busy else _least(readings[candidate])) + others * cpu
+        candidate: (cpu / candidate.threads if busy else _low(one.wall for one in readings[candidate])) + others * cpu
         for candidate, cpu in typical.items()
     }
+
+
+def _low(seconds: Iterable[float]) -> float:
+    found = sorted(seconds)
+    return found[len(found) // _FLUKES]
 
 
 def _least(readings: list[Instant]) -> float:
