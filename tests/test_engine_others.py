@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from layercast.server.engines.others import Others
-from layercast.server.engines.timing import Instant
+from layercast.server.engines.race import Instant
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux has affinities")
 

@@ -10,7 +10,8 @@ import pytest
 
 from layercast.models.manifest import TensorSpec
 from layercast.server.engines.choice import Buckets, Candidate, Choice
-from layercast.server.engines.timing import Instant, fastest
+from layercast.server.engines.race import Instant
+from layercast.server.engines.timing import fastest
 
 ONE, TWO = Candidate("onnx", 1), Candidate("onnx", 2)
 SCRIPT, EAGER = Candidate("torchscript", 2), Candidate("eager", 2)
@@ -145,10 +146,10 @@ def test_threads_that_wait_for_each_other_in_half_of_the_runs_are_judged_by_the_
 
     def stumbling(rows: int, length: int) -> tuple[float, float]:
         # Now and then both are put on one processor, where each spins until the other's turn.
-        wall, cpu = linear(45, 6, threads=2)(rows, length)
+        wall, cpu = linear(50, 6, threads=2)(rows, length)
         return (wall + 1500, cpu + 1500) if noise.random() < 0.5 else (wall, cpu)
 
-    quiet = Machine({ONE: linear(20, 7), TWO: linear(45, 6, threads=2)}).choose()
+    quiet = Machine({ONE: linear(20, 7), TWO: linear(50, 6, threads=2)}).choose()
     assert TWO in quiet.used
     for _ in range(20):
         assert Machine({ONE: linear(20, 7), TWO: stumbling}).choose() == quiet

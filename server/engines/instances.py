@@ -10,7 +10,8 @@ from typing import Final
 from layercast.server import processors
 from layercast.server.engines.base import Inputs
 from layercast.server.engines.choice import Buckets
-from layercast.server.engines.timing import SLOW, Batch, Run
+from layercast.server.engines.race import Run
+from layercast.server.engines.timing import SLOW, Batch
 
 logger = logging.getLogger(__name__)
 

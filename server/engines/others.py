@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from layercast.server.engines.timing import Instant, now
+from layercast.server.engines.race import Instant, now
 
 _LEAST: Final = 0.1
 """Seconds; the system counts in hundredths."""

@@ -6,35 +6,21 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Final, NamedTuple
+from functools import partial
+from typing import Final
 
-from layercast.server.engines.base import Inputs, Outputs
+from layercast.server.engines.base import Inputs
 from layercast.server.engines.choice import Buckets, Candidate, Choice
+from layercast.server.engines.race import Instant, Race, Readings, Run, least, now
 from layercast.server.inline import limit
 
 logger = logging.getLogger(__name__)
 
-_ROUNDS: Final = 40
-_LEAST_ROUNDS: Final = 4
-"""TorchScript compiles in its second run of a shape; the smallest of four is that of a warm one."""
-
-_ENOUGH: Final = 0.03
-"""Seconds for the rounds of one bucket that come after those, among the candidates that are close."""
-
 SLOW: Final = 0.02
 """Seconds of a batch from which on more rows change nothing: larger ones are computed as this one."""
 
-_WARM: Final = 3
-_HOPELESS: Final = 2.5
-_CLOSE: Final = 1.4
-"""How many times the least cost a candidate may have to be timed further: most of the time would go to those that
-can't win, and what is left to tell two apart that take nearly as long would be a few runs."""
-_ANOTHER_CHANCE: Final = 4
-"""One round in so many is one for all but the hopeless: a candidate may have met a bad moment in all its runs."""
-
 _FLUKES: Final = 8
 """One reading in so many is left out as shorter than what can be had again."""
-
 
 _CROWDED: Final = 1.2
 _LONG: Final = 0.001
@@ -51,28 +37,11 @@ _EXTRA: Final = 0.2
 _EXTRA_THREADS: Final = 0.1
 """The same for one that is the main one with other threads."""
 
-Run = Callable[[Inputs], Outputs]
 Batch = Callable[[int, int], Inputs]
 """Gives the inputs of a batch by its rows and its length."""
 
 Costs = dict[tuple[int, int], dict[Candidate, float]]
 """Seconds by (length, rows) and candidate; what could not be timed is left out, what failed is infinite."""
-
-
-class Instant(NamedTuple):
-    """A reading of the wall clock and of the processors' time that this process took, in seconds."""
-
-    wall: float
-    cpu: float
-
-
-Readings = dict[Candidate, list[Instant]]
-"""What each run of a batch took."""
-
-
-def now() -> Instant:
-    """Read both clocks."""
-    return Instant(time.perf_counter(), time.process_time())
 
 
 def durations(run: Run, inputs: Inputs, runs: int) -> list[float]:
@@ -100,71 +69,30 @@ def fastest(
     loop would have had: two threads that halve a duration are worth it, two that save a fourth of it are not. Where
     those `here` are so quick that it runs on the event loop, its duration counts for more.
     """
-    costs: Costs = {}
+    races: dict[tuple[int, int], Race] = {}
     for length in buckets.lengths:
         for rows in buckets.rows:
-
-            def cost(readings: Readings, rows: int = rows) -> dict[Candidate, float]:
-                quickest = min((_least(taken) for one, taken in readings.items() if one in here), default=math.inf)
-                return _costs(readings, (_OTHERS_MEANWHILE if quickest <= limit(rows) else _OTHERS) / processors)
-
-            measured = _measure(runs, batch, rows, length, cost, clock)
-            if measured is None:
+            weigh = partial(_weighed, rows=rows, processors=processors, here=here)
+            race = Race(runs, partial(batch, rows, length), weigh, clock)
+            try:
+                race.run()
+            except ValueError as error:
+                logger.warning("no batch of %d rows, %d long, to time engines with: %s", rows, length, error)
                 break
-            readings, failed = measured
-            costs[length, rows] = cost(readings) | dict.fromkeys(failed, math.inf)
-            if min(map(_least, readings.values())) > SLOW:
+            if not race.readings:
                 break
+            races[length, rows] = race
+            if min(map(least, race.readings.values())) > SLOW:
+                break
+    for race in races.values():  # a machine may have a bad time that is longer than a bucket's
+        race.run()
+    costs = {cell: race.costs | dict.fromkeys(race.failed, math.inf) for cell, race in races.items()}
     return choose(list(runs), buckets, costs), costs
 
 
-def _measure(
-    runs: Mapping[Candidate, Run],
-    batch: Batch,
-    rows: int,
-    length: int,
-    cost: Callable[[Readings], dict[Candidate, float]],
-    clock: Callable[[], Instant],
-) -> tuple[Readings, list[Candidate]] | None:
-    """Return what runs of a batch took on each candidate, and those that it fails on; None when it runs on none.
-
-    Candidates take turns, so that what disturbs the machine for a moment disturbs all; in the end only those whose
-    `cost` is near the least.
-    """
-    try:
-        inputs = batch(rows, length)
-    except ValueError as error:
-        logger.warning("no batch of %d rows, %d long, to time engines with: %s", rows, length, error)
-        return None
-    readings: Readings = {candidate: [] for candidate in runs}
-    failed: list[Candidate] = []
-    enough = math.inf
-    for at in range(_ROUNDS):
-        turns = _hopeful(readings, at, cost)
-        if at == _LEAST_ROUNDS:
-            enough = clock().wall + _ENOUGH
-        if at >= _LEAST_ROUNDS and clock().wall > enough:
-            break
-        for candidate in turns if turns[1:] or at < _LEAST_ROUNDS else ():
-            try:
-                readings[candidate].append(_once(runs[candidate], inputs, clock))
-            except Exception as error:  # of a program that takes only some sizes, say
-                logger.warning("%s fails at %d rows: %s: %s", candidate, rows, type(error).__name__, error)
-                failed.append(candidate)
-                del readings[candidate]
-    return (readings, failed) if readings else None
-
-
-def _hopeful(readings: Readings, at: int, cost: Callable[[Readings], dict[Candidate, float]]) -> list[Candidate]:
-    """Return the candidates that may still win: first all, then those that don't take many times as long."""
-    if at < _WARM or len(readings) < 2:
-        return list(readings)
-    if at < _LEAST_ROUNDS:
-        most = _HOPELESS * min(map(_least, readings.values()))
-        return [candidate for candidate, taken in readings.items() if _least(taken) <= most]
-    costs = cost(readings)
-    most = (_CLOSE if (at + 1) % _ANOTHER_CHANCE else _HOPELESS) * min(costs.values())
-    return [candidate for candidate, seconds in costs.items() if seconds <= most]
+def _weighed(readings: Readings, rows: int, processors: int, here: Collection[Candidate]) -> dict[Candidate, float]:
+    quickest = min((least(taken) for one, taken in readings.items() if one in here), default=math.inf)
+    return _costs(readings, (_OTHERS_MEANWHILE if quickest <= limit(rows) else _OTHERS) / processors)
 
 
 def _costs(readings: Readings, others: float) -> dict[Candidate, float]:
@@ -192,17 +120,6 @@ def _costs(readings: Readings, others: float) -> dict[Candidate, float]:
 def _low(seconds: Iterable[float]) -> float:
     found = sorted(seconds)
     return found[len(found) // _FLUKES]
-
-
-def _least(readings: list[Instant]) -> float:
-    return min(one.wall for one in readings)
-
-
-def _once(run: Run, inputs: Inputs, clock: Callable[[], Instant]) -> Instant:
-    start = clock()
-    run(inputs)
-    end = clock()
-    return Instant(end.wall - start.wall, end.cpu - start.cpu)
 
 
 def choose(candidates: list[Candidate], buckets: Buckets, costs: Costs) -> Choice:
