@@ -24,7 +24,8 @@ _CLOSE: Final = 1.4
 """How many times the least cost a candidate may have to be timed further: most of the time would go to those that
 can't win, and what is left to tell two apart that take nearly as long would be a few runs."""
 _ANOTHER_CHANCE: Final = 4
-"""One round in so many is one for all but the hopeless: a candidate may have met a bad moment in all its runs."""
+"""One round in so many is also for those that are not hopeless, and for the close ones' engines with other threads:
+these may have waited for each other, for milliseconds, in all runs."""
 
 
 Run = Callable[[Inputs], Outputs]
@@ -105,14 +106,21 @@ class Race:
             return list(self.readings)
         if at < _LEAST_ROUNDS:
             seconds = {candidate: least(taken) for candidate, taken in self.readings.items()}
-        else:
-            seconds = self.costs
-        close = at >= _LEAST_ROUNDS and (at + 1) % _ANOTHER_CHANCE
-        most = (_CLOSE if close else _HOPELESS) * min(seconds.values())
-        return [candidate for candidate, each in seconds.items() if each <= most]
+            return _within(_HOPELESS, seconds)
+        costs = self.costs
+        close = _within(_CLOSE, costs)
+        if (at + 1) % _ANOTHER_CHANCE:
+            return close
+        engines, hopeful = {candidate.engine for candidate in close}, _within(_HOPELESS, costs)
+        return [candidate for candidate in costs if candidate in hopeful or candidate.engine in engines]
 
     def _once(self, run: Run, inputs: Inputs) -> Instant:
         start = self._clock()
         run(inputs)
         end = self._clock()
         return Instant(end.wall - start.wall, end.cpu - start.cpu)
+
+
+def _within(factor: float, seconds: Mapping[Candidate, float]) -> list[Candidate]:
+    most = factor * min(seconds.values())
+    return [candidate for candidate, each in seconds.items() if each <= most]
