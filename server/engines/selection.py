@@ -19,8 +19,9 @@ from layercast.server.engines.choice import Buckets, Candidate, Choice, ChosenEn
 from layercast.server.engines.confined import Confined
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.golden import check_golden
-from layercast.server.engines.inline import inline_of, lengths_of, seen
+from layercast.server.engines.inline import inline_of, lengths_of, may_run_inline
 from layercast.server.engines.onnx import OnnxEngine
+from layercast.server.engines.others import Others
 from layercast.server.engines.programs import ProgramEngine
 from layercast.server.engines.remembered import Remembered
 from layercast.server.engines.source import Source
@@ -95,22 +96,38 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
             logger.info("%s: %s, as measured before", manifest.name, known)
             return known, engines
     engines = Engines.load(source, candidates, recorded, buckets)
-    began = time.perf_counter()
-    runs = {candidate: engine.run for candidate, engine in engines.fast.items()}
-    here = {candidate for candidate, engine in engines.fast.items() if seen(engine)}
+    choice = _measured(source, settings, engines, buckets, recorded, kept)
+    # What runs nothing leaves memory; layers need the eager one.
+    used = {candidate: engines.fast[candidate] for candidate in choice.loaded}
+    if engines.eager and engines.eager not in used.values():
+        engines.eager.forget_graphs()
+    for engine in used.values():
+        if isinstance(engine, OnnxEngine):
+            engine.shrink(golden_rows(recorded, 1))
+    return choice, Engines(used, engines.eager)
+
+
+def _measured(
+    source: Source, settings: ModelSettings, engines: Engines, buckets: Buckets, recorded: Golden, kept: Remembered
+) -> Choice:
+    """Return which of the `engines` runs which batch, as measured now, which is `kept`."""
+    began, others = time.perf_counter(), Others()
+    manifest, runs = source.manifest, {candidate: engine.run for candidate, engine in engines.fast.items()}
+    here: set[Candidate] = set()
+    if settings.instances < 2:  # several are handed their batches
+        here = {one for one, engine in engines.fast.items() if may_run_inline(engine, source.directory, manifest)}
     choice, costs = timing.fastest(runs, Batches(manifest, recorded).make, buckets, source.threads, here)
     if settings.instances:
         choice = replace(choice, instances=settings.instances)
     elif several := _several(source, engines, choice, costs, recorded):
         choice = several
-    kept.write(choice, costs)
+    busy = others.are_busy(source.threads)
+    if busy:
+        logger.warning("%s: engines were timed on a machine that was busy with something else", manifest.name)
+    kept.write(choice, costs, busy)
     tried = ", ".join(map(str, runs))
     logger.info("%s: %s; measured %s in %.1f s", manifest.name, choice, tried, time.perf_counter() - began)
-    # What runs nothing leaves memory; layers need the eager one.
-    used = {candidate: engines.fast[candidate] for candidate in choice.loaded}
-    if engines.eager and engines.eager not in used.values():
-        engines.eager.forget_graphs()
-    return choice, Engines(used, engines.eager)
+    return choice
 
 
 def _several(source: Source, engines: Engines, one: Choice, costs: timing.Costs, recorded: Golden) -> Choice | None:
