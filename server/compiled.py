@@ -14,6 +14,8 @@ import warnings
 from pathlib import Path
 from typing import Final
 
+from layercast.server import kernels
+
 PACKAGES: Final = ("proto", "models", "client", "server")
 """What the compiler reads: it takes types and constants from every module that one of `MODULES` imports."""
 
@@ -76,6 +78,10 @@ OLD_THROW: Final = r"the \(type, exc, tb\) signature of throw\(\)"
 """A warning of Python 3.12 and newer: mypyc's coroutines pass an error on to what they await as it was done before."""
 
 _ROOT: Final = "layercast"
+_SOURCES: Final = (".py", ".pyi", ".cpp")
+
+_looked_in: Final[list[Path]] = []
+"""Where the code of these sources would be, for this process; nothing before `look_in`."""
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +102,8 @@ def made_of() -> str:
     name = hashlib.sha256(f"{sysconfig.get_config_var('EXT_SUFFIX')} {platform.machine()} {MODULES}".encode())
     for package in PACKAGES:
         root = source_of(package)
-        for path in sorted(root.rglob("*.py*")):
-            if path.suffix in (".py", ".pyi"):
+        for path in sorted(root.rglob("*.*p*")):
+            if path.suffix in _SOURCES:
                 content = path.read_bytes()
                 name.update(f"\n{package}/{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     return name.hexdigest()[:24]
@@ -114,11 +120,8 @@ def use(folder: Path) -> bool:
     What can't be read or loaded here is left alone, with a warning. RuntimeError when one of the modules was imported
     already: a class must not be there twice.
     """
-    try:
-        root = find(folder)
-    except OSError as error:
-        logger.warning("compiled code can't be read, the sources run: %s", error.strerror)
-        return False
+    look_in(folder)
+    root = next(filter(is_whole, _looked_in), None)
     if root is None:
         return False
     if early := [name for name in MODULES if f"{_ROOT}.{name}" in sys.modules]:
@@ -137,6 +140,21 @@ def use(folder: Path) -> bool:
         own = root.joinpath(_ROOT, *package.split("."))
         importlib.import_module(f"{_ROOT}.{package}").__path__.insert(0, str(own))
     return True
+
+
+def look_in(folder: Path) -> None:
+    """Let `kernel` look in `folder` from now on, also where the sources run. That it can't be read is only logged."""
+    _looked_in.clear()
+    try:
+        if folder.is_dir():
+            _looked_in.append(folder / made_of())
+    except OSError as error:
+        logger.warning("compiled code can't be read, the sources run: %s", error.strerror)
+
+
+def kernel(name: str) -> Path | None:
+    """Return the library of an engine's kernel that this processor runs best; None when there is none that it can."""
+    return next(filter(None, (kernels.best(root / kernels.FOLDER, name) for root in _looked_in)), None)
 
 
 def find(folder: Path) -> Path | None:

@@ -1,4 +1,7 @@
-"""`layercast compile`: make native code of the modules that run for every request, which the server then uses."""
+"""`layercast compile`: make native code of the modules that run for every request, and of the kernels of engines.
+
+The server then uses it.
+"""
 
 import argparse
 import os
@@ -16,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from layercast.server import compiled
+from layercast.server import compiled, kernels
 
 # mypyc needs the types of our own modules and of numpy; of what is left out here it reads hundreds of files.
 _CONFIGURATION: Final = """\
@@ -32,6 +35,7 @@ follow_imports = skip
 """
 _LINES: Final = 15
 _WORK: Final = ".compiling-"
+_MADE: Final = "made"
 _OURS: Final = re.compile(r"[0-9a-f]{24}")
 
 
@@ -47,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Compile, unless that was done; 1 when something is missing or the compiler fails."""
     if _is_done(args.output):
         return 0
-    if missing := _missing():
+    if missing := "" if _modules_in(args.output) else _missing():
         print(f"layercast compile: {missing}", file=sys.stderr)
         return 1
     place = ExitStack()
@@ -60,22 +64,36 @@ def run(args: argparse.Namespace) -> int:
     with place:
         if _is_done(args.output):  # by the one that was waited for
             return 0
+        if done := _modules_in(args.output):
+            _add_kernels(work, done)
+            return 0
         target, began = args.output / compiled.made_of(), time.perf_counter()
         if failed := _compile(work):
             print(f"layercast compile: the compiler failed, and the server runs without:\n{failed}", file=sys.stderr)
             return 1
+        _make_kernels(work)
         _keep(work, target)
         print(f"compiled {len(compiled.MODULES)} modules in {time.perf_counter() - began:.0f} s: {target}")
     return 0
 
 
 def _is_done(output: Path) -> bool:
-    """Tell, and say, whether the code is there, made by the mypy that is installed if there is one."""
-    done = compiled.find(output)
-    if done is None or not (done / _maker()).exists():
+    """Tell, and say, whether all the code is there that can be made here."""
+    done = _modules_in(output)
+    if done is None:
         return False
+    if not kernels.are_whole(done / kernels.FOLDER):
+        if not (reason := kernels.missing()):
+            return False
+        _without_kernels(reason)
     print(f"already compiled: {done}")
     return True
+
+
+def _modules_in(output: Path) -> Path | None:
+    """Return where the modules are, if they were made by the mypy that is installed, or none is."""
+    done = compiled.find(output)
+    return done if done and (done / _maker()).exists() else None
 
 
 def _maker() -> str:
@@ -150,9 +168,32 @@ def _compile(work: Path) -> str:
     return "\n".join(done.stdout.splitlines()[-_LINES:] or ["no output"]) if done.returncode else ""
 
 
+def _make_kernels(work: Path) -> Path | None:
+    """Make the kernels in the folder `work` and return where they are; say why not where that can't be."""
+    folder = work / _MADE / kernels.FOLDER
+    if failed := kernels.make(folder):
+        _without_kernels(failed)
+        return None
+    return folder
+
+
+def _without_kernels(reason: str) -> None:
+    print(f"layercast compile: without engine {', '.join(kernels.SOURCES)}: {reason}", file=sys.stderr)
+
+
+def _add_kernels(work: Path, done: Path) -> None:
+    """Make the kernels, and move them to the modules in `done`, all at once."""
+    if made := _make_kernels(work):
+        target = done / kernels.FOLDER
+        if target.exists():
+            target.rename(work / kernels.FOLDER)
+        made.rename(target)
+        print(f"compiled the kernels of engine {', '.join(kernels.SOURCES)}: {target}")
+
+
 def _keep(work: Path, target: Path) -> None:
     """Move what was compiled to `target`, all at once, and remove what was compiled of other sources, or otherwise."""
-    made = work / "made"
+    made = work / _MADE
     for library in work.glob("*.so"):
         _move(library, made / compiled.LIBRARY / library.name)
     for library in (work / "layercast").rglob("*.so"):
