@@ -30,10 +30,10 @@ RUN pip install -c constraints/cpu.txt ".[server,gpu]"
 FROM build AS export
 RUN pip install -c constraints/cpu.txt ".[server,gpu,export]" && layercast export --all --output /models
 
-# So is the C compiler. What it makes is named after these sources and this interpreter.
+# So are the compilers. What they make is named after these sources and this interpreter.
 FROM build AS compile
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --no-install-recommends -y gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install --no-install-recommends -y g++ gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN pip install -c constraints/cpu.txt ".[server,gpu,compile]" && layercast compile
 
 FROM python:${PYTHON_VERSION}-slim

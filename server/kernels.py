@@ -36,6 +36,15 @@ def best(folder: Path, name: str) -> Path | None:
     return None
 
 
+def why_none(folder: Path, name: str) -> str:
+    """Return why `folder` has no library of the kernel `name` for this processor, "" if it has."""
+    if best(folder, name):
+        return ""
+    if are_whole(folder):
+        return "this processor has neither AVX-512 nor AVX2"
+    return missing() or "`layercast compile` makes its kernel"
+
+
 def are_whole(folder: Path) -> bool:
     """Tell whether `folder` has every library."""
     return all(_library(folder, name, level).is_file() for name in SOURCES for level in LEVELS)

@@ -15,7 +15,7 @@ from test_server_inference import offline, request, rows_for, values_of
 from test_server_process import READY, infer, serving
 
 from layercast.client.main import main
-from layercast.server import compiled
+from layercast.server import compiled, kernels
 from layercast.server.commands import compile
 
 FOLDER = TESTS.parent / "build" / "compiled"
@@ -49,6 +49,8 @@ asyncio.run(main())
 @pytest.fixture(scope="module")
 def folder() -> Path:
     assert main(["compile", "--output", str(FOLDER)]) == 0
+    (root,) = FOLDER.glob(compiled.made_of())
+    assert kernels.are_whole(root / "kernels") or kernels.missing()
     return FOLDER
 
 
@@ -106,8 +108,9 @@ def test_modules_that_are_imported_already_are_not_replaced(tmp_path):
 
 
 def pretend(root: Path) -> None:
-    """Make a folder that has the files of compiled modules, none of which can be loaded."""
-    for name in ("library/abc__mypyc.so", *(f"layercast/{name.replace('.', '/')}.so" for name in compiled.MODULES)):
+    """Make a folder that has the files of compiled modules and kernels, none of which can be loaded."""
+    libraries = ("library/abc__mypyc.so", "kernels/winograd-v4.so", "kernels/winograd-v3.so")
+    for name in (*libraries, *(f"layercast/{name.replace('.', '/')}.so" for name in compiled.MODULES)):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"not a library")
@@ -149,6 +152,11 @@ def test_other_sources_have_another_name(tmp_path, monkeypatch):
     (tmp_path / "proto" / "one.pyi").write_text("A: int\n")
     names.add(compiled.made_of())
     assert len(names) == 4
+    (tmp_path / "server" / "kernel.cpp").write_text("int a = 1;\n")
+    names.add(compiled.made_of())
+    (tmp_path / "server" / "kernel.cpp").write_text("int a = 2;\n")
+    names.add(compiled.made_of())
+    assert len(names) == 6
     (tmp_path / "proto" / "notes.txt").write_text("nothing that is compiled")
     assert compiled.made_of() in names
 
@@ -206,7 +214,8 @@ def test_another_mypy_makes_it_again_and_none_keeps_it(tmp_path, monkeypatch, ca
     (root / "mypy-2.3.9").touch()
     assert main(["compile", "--output", str(tmp_path)]) == 0
     assert "compiled 2 modules" in capsys.readouterr().out
-    assert {path.name for path in root.iterdir()} == {"layercast", "library", f"mypy-{version('mypy')}"}
+    made = {"layercast", "library", f"mypy-{version('mypy')}", *([] if kernels.missing() else ["kernels"])}
+    assert {path.name for path in root.iterdir()} == made
     assert list(tmp_path.iterdir()) == [root]
     monkeypatch.setattr(compile, "version", no_such_package)
     assert main(["compile", "--output", str(tmp_path)]) == 0
@@ -232,3 +241,29 @@ def test_what_was_made_of_other_sources_goes(tmp_path, monkeypatch, capsys):
     assert "compiled 2 modules" in capsys.readouterr().out
     assert main(["compile", "--output", str(tmp_path)]) == 0
     assert "already compiled" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(kernels.missing()), reason=f"no kernels can be compiled here: {kernels.missing()}")
+def test_without_a_cpp_compiler_it_goes_on_and_a_later_one_makes_the_kernels_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.transport.timeouts"))
+    root, without = tmp_path / compiled.made_of(), "layercast compile: without engine winograd: "
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for said in ("compiled 2 modules", "already compiled"):
+        assert main(["compile", "--output", str(tmp_path)]) == 0
+        output = capsys.readouterr()
+        assert output.err.startswith(f"{without}it needs the C++ compiler 'no-such-compiler'")
+        assert said in output.out
+        assert not (root / "kernels").exists()
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.so")}
+    monkeypatch.setenv("CXX", "false")
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == f"{without}the C++ compiler failed: no output\n"
+    monkeypatch.delenv("CXX")
+    (root / "kernels").mkdir()  # half of them, of a removal that was cut off
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr() == (f"compiled the kernels of engine winograd: {root / 'kernels'}\n", "")
+    assert kernels.are_whole(root / "kernels")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert list(tmp_path.iterdir()) == [root]
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr() == (f"already compiled: {root}\n", "")

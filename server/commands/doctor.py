@@ -191,7 +191,7 @@ def check_processors() -> Iterator[Finding]:
 
 def check_compiled() -> Iterator[Finding]:
     """Whether `layercast serve` finds compiled code of these sources."""
-    from layercast.server import compiled
+    from layercast.server import compiled, kernels
     from layercast.server.errors import StartError
     from layercast.server.settings import read
 
@@ -201,7 +201,12 @@ def check_compiled() -> Iterator[Finding]:
         yield Finding("warn", "compiled", f"the settings can't be read: {error}")
         return
     without = "no, and it runs without: `layercast compile` answers up to 1.8 times as many small requests a second"
-    yield Finding("ok", "compiled", "yes" if found else without)
+    lacking = [
+        f", without engine {name}: {reason}"
+        for name in kernels.SOURCES
+        if found and (reason := kernels.why_none(found / kernels.FOLDER, name))
+    ]
+    yield Finding("ok", "compiled", "yes" + "".join(lacking) if found else without)
 
 
 def check_port(host: str, name: str, port: int) -> Finding:
