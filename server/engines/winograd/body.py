@@ -36,7 +36,7 @@ class Convolution:
     @property
     def kernel(self) -> int:
         """The kernel's height, and its width."""
-        return self.weights.shape[2]
+        return int(self.weights.shape[2])
 
     @property
     def by_tiles(self) -> bool:

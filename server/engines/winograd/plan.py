@@ -116,7 +116,7 @@ class Plan:
     def scratch(self) -> int:
         """Numbers that the largest step keeps besides."""
         return max(
-            _POSITIONS * (block * (step.weights.shape[0] + step.weights.shape[1]) + 2 * self._library.lanes)
+            _POSITIONS * (block * sum(step.weights.shape[:2]) + 2 * self._library.lanes)
             for step, (_, block) in zip(self._body.steps, self._packed, strict=True)
         )
 
