@@ -43,7 +43,7 @@ COPY --from=build /opt/layercast /opt/layercast
 COPY --from=compile /opt/layercast/share/layercast/compiled /opt/layercast/share/layercast/compiled
 COPY --from=export /models /models
 ENV PATH=/opt/layercast/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1
-# No image without it: the server would run the sources, at half the rate, and only its start would say so.
+# No image without it: the server would run the sources, which answer fewer requests, and only its start would say so.
 RUN ["python", "-c", "from layercast.server.compiled import default_folder, use; raise SystemExit(not use(default_folder()))"]
 USER 10001:10001
 WORKDIR /models

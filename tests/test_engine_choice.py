@@ -15,7 +15,7 @@ from test_server_inference import offline, request, rows_for, values_of
 
 from layercast.models.manifest import Manifest
 from layercast.proto.messages import ModelConfigRequest, ModelMetadataRequest
-from layercast.server import banner, environment, tapping
+from layercast.server import banner, environment, memory, tapping
 from layercast.server.engines import inline, instances, remembered, selection, timing
 from layercast.server.engines.choice import Buckets, Candidate, Choice, ChosenEngine
 from layercast.server.engines.others import Others
@@ -165,6 +165,28 @@ def test_only_what_would_run_on_the_event_loop_is_weighed_as_if_it_did(artefact,
     monkeypatch.setattr(inline, "_steady", lambda *program: False)
     loaded(artefact, None)
     assert timed.here == [{ONE, TWO}, set(), set()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells")
+def test_memory_that_large_batches_took_while_engines_were_timed_is_given_back(artefact, timed, monkeypatch):
+    rows = np.ones((1_000_000, 10), "f4")
+
+    def large(runs: Any, *others: Any) -> Any:
+        for run in runs.values():
+            run({"x": rows})
+        taken.append(resident())
+        return timed(runs, *others)
+
+    def resident() -> int:
+        memory.trim()
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) >> 10
+
+    taken: list[int] = []
+    monkeypatch.setattr(timing, "fastest", large)
+    model = loaded(artefact, None)
+    assert model.engines == "onnx (2 threads)"
+    assert taken[0] - resident() > 140, "both sessions took 80 MB and more"
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_next_start(artefact, tmp_path, timed, caplog):

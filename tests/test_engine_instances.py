@@ -184,6 +184,16 @@ def test_a_thread_keeps_to_its_processors_and_one_that_it_starts_may_leave_them(
     assert os.sched_getaffinity(0) == allowed
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux has affinities")
+def test_a_thread_that_goes_on_elsewhere_may_still_run_on_all_its_processors(monkeypatch):
+    allowed, set_to, real = os.sched_getaffinity(0), [], os.sched_setaffinity
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, own: (set_to.append(set(own)), real(pid, own)))
+    for turn in range(len(allowed) + 1):
+        processors.elsewhere(turn)
+        assert os.sched_getaffinity(0) == allowed
+    assert set_to[::2] == [{at} for at in (*sorted(allowed), min(allowed))]
+
+
 def taken(places, at):
     """Return what a thread has that takes the place of instance `at`: processors, policy, and threads of torch."""
     found = []

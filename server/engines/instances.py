@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 MOST_TRIED: Final = 8
 """Instances that are tried at most: threads that end and begin forwards more often than that wait for Python's lock."""
 
-WORTH: Final = 0.9
+WORTH: Final = 0.95
 """How many times as many rows several must answer. In the server they gain more than measured here, where nothing else
 runs: a forward on all processors waits whenever the event loop, or what else the machine does, has one of them."""
 
@@ -29,7 +29,7 @@ _ROUNDS: Final = 12
 _LEAST_ROUNDS: Final = 4
 _ENOUGH: Final = 0.06
 """Seconds for the runs of one size, after which only the least rounds are made,"""
-_ENOUGH_CLOSE: Final = 0.5
+_ENOUGH_CLOSE: Final = 0.3
 """or as long as this where both ways take nearly as long,"""
 _CLOSE: Final = 1.2
 """which is up to so many times."""
@@ -123,7 +123,7 @@ def part(
 def _least(
     first: Callable[[], object], second: Callable[[], object], clock: Callable[[], float]
 ) -> tuple[float, float]:
-    """Return the shortest duration of both, which take turns."""
+    """Return the shortest duration of both, which take turns, on one processor after the other (see `race`)."""
     shortest = [math.inf, math.inf]
     began = clock()
     for at in range(_ROUNDS):
@@ -131,6 +131,7 @@ def _least(
             close = max(shortest) <= _CLOSE * min(shortest)
             if clock() - began > (_ENOUGH_CLOSE if close else _ENOUGH):
                 break
+        processors.elsewhere(at)
         for which, run in enumerate((first, second)):
             start = clock()
             run()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
+from layercast.server import processors
 from layercast.server.engines.base import Inputs, Outputs
 from layercast.server.engines.choice import Candidate
 
@@ -16,7 +17,11 @@ _LEAST_ROUNDS: Final = 4
 """TorchScript compiles in its second run of a shape; the smallest of four is that of a warm one."""
 
 _ENOUGH: Final = 0.015
-"""Seconds for the rounds that come after those, among the candidates that are close."""
+"""Seconds for the last of those and for what comes after them, among the candidates that are close."""
+
+_ROUNDS_THERE: Final = 2
+"""Rounds on one processor: the system may leave a thread on the same one as another that computes for it, while the
+next is idle, for a tenth of a second. In the first round on another one, its caches have nothing of the model."""
 
 _WARM: Final = 3
 _HOPELESS: Final = 2.5
@@ -72,6 +77,7 @@ class Race:
         self._batch = batch
         self._weigh = weigh
         self._clock = clock
+        self._rounds = 0
 
     @property
     def costs(self) -> dict[Candidate, float]:
@@ -83,14 +89,16 @@ class Race:
 
         ValueError when there is no such batch.
         """
-        inputs, enough = self._batch(), math.inf
-        begun = any(self.readings.values())
+        inputs, begun = self._batch(), any(self.readings.values())
+        enough = self._clock().wall + _ENOUGH if begun else math.inf
         for at in range(_LEAST_ROUNDS if begun else 0, _LEAST_ROUNDS + _ROUNDS):
             turns = self._hopeful(at)
-            if at == _LEAST_ROUNDS:
+            if at == _WARM:
                 enough = self._clock().wall + _ENOUGH
             if at >= _LEAST_ROUNDS and self._clock().wall > enough:
                 break
+            processors.elsewhere(self._rounds // _ROUNDS_THERE)
+            self._rounds += 1
             for candidate in turns if turns[1:] or at < _LEAST_ROUNDS else ():
                 try:
                     self.readings[candidate].append(self._once(self._runs[candidate], inputs))
