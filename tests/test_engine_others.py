@@ -48,6 +48,9 @@ def test_processors_are_busy_that_this_process_neither_used_nor_could_have(tmp_p
 
 def test_what_is_too_short_to_tell_or_said_nowhere_is_not_busy(tmp_path):
     assert not busy(tmp_path, 0.05, 0.0, 0, 0, 0, 0)
+    instants = iter([Instant(10.0, 3.0), Instant(11.0, 4.0)])
+    (tmp_path / "proc/stat").write_text("cpu1 0 0 0 0 0 0\ncpu2 0 0 0 0 0 0\n")
+    assert not Others(tmp_path, lambda: next(instants)).are_busy(2)
     (tmp_path / "proc/stat").write_text("intr 5\ncpu1\n")
     assert not Others(tmp_path).are_busy(2)
     assert not Others(tmp_path / "nowhere").are_busy(2)

@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,26 +54,29 @@ def run(args: argparse.Namespace) -> int:
     if missing := "" if _modules_in(args.output) else _missing():
         print(f"layercast compile: {missing}", file=sys.stderr)
         return 1
-    place = ExitStack()
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        work = place.enter_context(_workplace(args.output))
+        with _workplace(args.output) as work:
+            return _made(args.output, work)
     except OSError as error:
         print(f"layercast compile: {args.output}: {error.strerror}; name another with --output", file=sys.stderr)
         return 1
-    with place:
-        if _is_done(args.output):  # by the one that was waited for
-            return 0
-        if done := _modules_in(args.output):
-            _add_kernels(work, done)
-            return 0
-        target, began = args.output / compiled.made_of(), time.perf_counter()
-        if failed := _compile(work):
-            print(f"layercast compile: the compiler failed, and the server runs without:\n{failed}", file=sys.stderr)
-            return 1
-        _make_kernels(work)
-        _keep(work, target)
-        print(f"compiled {len(compiled.MODULES)} modules in {time.perf_counter() - began:.0f} s: {target}")
+
+
+def _made(output: Path, work: Path) -> int:
+    """Make what is not in `output` yet, in the folder `work`; return the command's exit status."""
+    if _is_done(output):  # by the one that was waited for
+        return 0
+    if done := _modules_in(output):
+        _add_kernels(work, done)
+        return 0
+    target, began = output / compiled.made_of(), time.perf_counter()
+    if failed := _compile(work):
+        print(f"layercast compile: the compiler failed, and the server runs without:\n{failed}", file=sys.stderr)
+        return 1
+    _make_kernels(work)
+    _keep(work, target)
+    print(f"compiled {len(compiled.MODULES)} modules in {time.perf_counter() - began:.0f} s: {target}")
     return 0
 
 

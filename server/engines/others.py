@@ -37,6 +37,6 @@ class Others:
             own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
             lines = [line.split() for line in self._stat.read_text(encoding="ascii").splitlines()]
             ticks = [int(fields[4]) + int(fields[5]) for fields in lines if fields and fields[0] in own]
-            return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
+            return sum(ticks) / os.sysconf("SC_CLK_TCK") if any(ticks) else None  # zeros where it is not counted
         except (AttributeError, OSError, ValueError, IndexError):
             return None

@@ -155,17 +155,6 @@ class Calls:
         for stream in list(self._streams.values()):
             self._abandon(stream)
 
-    def abandon_unfinished(self) -> None:
-        """End every call whose caller has not said all, and never will."""
-        for stream in list(self._streams.values()):
-            if not stream.has_ended_body:
-                self._abandon(stream)
-
-    def give_up_blocked(self) -> None:
-        """End every call whose answer waits for a window: none opens any more."""
-        for stream in self.sending.blocked:
-            self.give_up(stream, Code.CANCEL)
-
     def set(self, setting: int, value: int) -> None:
         """Go by what the peer has set."""
         if setting == frames.INITIAL_WINDOW_SIZE:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import socket
 from typing import Final, Protocol, cast
 
 from layercast.server.transport.direct import calls, frames, stream
@@ -51,7 +50,7 @@ class Connection(asyncio.Protocol):
         self.peer = ""
         self.deaf = False
         self._loop = asyncio.get_running_loop()
-        self._has_greeted = self._has_heard_all = False
+        self._has_greeted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the peer's first words."""
@@ -87,18 +86,6 @@ class Connection(asyncio.Protocol):
         except Exception:
             logger.exception("a connection of HTTP/2 failed")
             self._fail(Code.INTERNAL_ERROR, "")
-
-    def eof_received(self) -> bool:
-        """The peer sends no more: answer what has come whole, while it reads. TLS ends both ways at once."""
-        if self.deaf or not self._transport.can_write_eof():
-            return False
-        self._calls.abandon_unfinished()
-        if not self._calls.idle and not self._has_heard_all:
-            self._calls.refusing = self._has_heard_all = True
-            # Not only to be polite: a peer that has gone answers it with a reset, which nothing else would bring.
-            self._transport.write(frames.goaway(self._calls.last, Code.NO_ERROR))
-            self._pulse.look_after(self._is_still_read)
-        return not self._calls.idle
 
     def pause_writing(self) -> None:
         """The peer reads slowly: take nothing more from it until it has read."""
@@ -170,14 +157,6 @@ class Connection(asyncio.Protocol):
         if self._calls.refusing and self._calls.idle and not self.deaf:
             self._close(_PATIENCE_SECONDS)
 
-    def _is_still_read(self) -> bool:
-        """Go on with a peer that sends no more; tell whether it is still there, which the event loop does not see."""
-        self._calls.give_up_blocked()
-        if self._transport.is_closing():
-            return True
-        error: int = self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return error == 0
-
     def _fail(self, code: Code, text: str) -> None:
         """Say what the peer did wrong, and close."""
         self.on_greeting()
@@ -192,10 +171,7 @@ class Connection(asyncio.Protocol):
         self.deaf = self._calls.deaf = True
         self._pulse.end_within(seconds)
         # Closed with bytes unread, TCP would take back what was written last: what still comes is read, and not heard.
-        if self._has_heard_all:
-            # Not in `resume_writing`, from which asyncio would report the end twice.
-            self._loop.call_soon(self._transport.close)
-        elif self._transport.can_write_eof():
+        if self._transport.can_write_eof():
             self._transport.resume_reading()
             self._transport.write_eof()
         else:

@@ -8,7 +8,6 @@ _FIRST_SECONDS: Final = 10.0
 """What a peer has to say its first words."""
 _QUIET_SECONDS: Final = 60.0
 _REPLY_SECONDS: Final = 20.0
-_LOOK_SECONDS: Final = 0.02
 
 
 class Pulse:
@@ -33,20 +32,10 @@ class Pulse:
         self._ask = ask
         self._gone = gone
         self._clock = loop.call_later(_FIRST_SECONDS, self._see_greeted)
-        self._looks: asyncio.TimerHandle | None = None
 
     def stop(self) -> None:
         """Watch no longer."""
         self._clock.cancel()
-        if self._looks:
-            self._looks.cancel()
-
-    def look_after(self, is_there: Callable[[], bool]) -> None:
-        """The peer sends no more, so that nothing tells when it has gone: ask again and again."""
-        if is_there():
-            self._looks = self._loop.call_later(_LOOK_SECONDS, self.look_after, is_there)
-        else:
-            self._gone()
 
     def end_within(self, seconds: float) -> None:
         """The connection is to close: call `gone` if it is still there after so long."""

@@ -82,14 +82,9 @@ class Sending:
             self._flush_soon()
 
     @property
-    def blocked(self) -> tuple[Stream, ...]:
-        """The streams that wait for a window of the peer's."""
-        return (*self._stuck, *self._crowded)
-
-    @property
     def unsent(self) -> int:
         """Bytes that wait for a window of the peer's."""
-        waiting = self.blocked
+        waiting = (*self._stuck, *self._crowded)
         return sum(len(stream.outgoing) for stream in waiting) if waiting else 0
 
     def headers(self, number: int, block: bytes, end: bool) -> bytes:
