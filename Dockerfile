@@ -35,6 +35,8 @@ FROM build AS compile
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --no-install-recommends -y g++ gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN pip install -c constraints/cpu.txt ".[server,gpu,compile]" && layercast compile
+# Where kernels of engines can be made, they must have been.
+RUN ["python", "-c", "from layercast.server import compiled as c, kernels as k; raise SystemExit(not (k.missing() or k.are_whole(c.find(c.default_folder()) / k.FOLDER)))"]
 
 FROM python:${PYTHON_VERSION}-slim
 # By number: Kubernetes cannot tell that a named user is not root.

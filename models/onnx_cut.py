@@ -61,7 +61,7 @@ def needed_for(graph: "GraphProto", values: Sequence[str], given: str = "") -> s
     needed = set(values)
     for node in reversed(graph.node):
         if any(name and name != given and name in needed for name in node.output):
-            needed.update(_read(node))
+            needed.update(read(node))
     return needed
 
 
@@ -74,13 +74,13 @@ def _keep(graph: "GraphProto", needed: Container[str], given: str = "") -> None:
             del graph.initializer[place]
 
 
-def _read(node: "NodeProto") -> Iterator[str]:
+def read(node: "NodeProto") -> Iterator[str]:
     """Yield the names of the values that `node` reads, also inside its branches and loops."""
     yield from node.input
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
             for inner in graph.node:
-                yield from _read(inner)
+                yield from read(inner)
             yield from (output.name for output in graph.output)  # a branch may give a value from outside as it is
 
 

@@ -1,6 +1,8 @@
 """The engine winograd on exported networks: which convolutions it takes, and what ONNX Runtime computes around them."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import compiled_kernels
 import numpy as np
@@ -17,6 +19,8 @@ from layercast.server import compiled
 from layercast.server.engines.base import EngineError
 from layercast.server.engines.winograd.body import body_of
 from layercast.server.engines.winograd.engine import WinogradEngine
+
+PANEL = 64
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +120,7 @@ def exported(name: str, root: Path) -> tuple[nn.Module, Path]:
 def test_outputs_are_those_of_the_module(tmp_path, name, steps, before, behind):
     module, directory = exported(name, tmp_path)
     manifest = Manifest.read(directory)
-    body = body_of(manifest.read_verified(directory, "model.onnx"))
+    body = body_of(manifest.read_verified(directory, "model.onnx"), PANEL)
     assert body is not None
     assert len(body.steps) == steps
     assert (body.start != "x", body.end != "output0") == (before, behind)
@@ -143,37 +147,132 @@ def test_inputs_may_be_read_only_and_not_contiguous(tmp_path):
 
 def test_without_convolutions_it_says_so(tmp_path):
     _, directory = exported("Dense", tmp_path)
-    with pytest.raises(EngineError, match="engine winograd finds no 3x3 convolutions of stride 1"):
+    with pytest.raises(
+        EngineError, match="engine winograd can't run it: it has no 3x3 convolution of stride 1 to a multiple"
+    ):
         WinogradEngine(directory, Manifest.read(directory))
 
 
-def program(**attributes) -> bytes:
-    """Return one convolution of 3x3 with these attributes."""
+def value(name: str, *sizes: int | str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *(sizes or (64, 8, 8))])
+
+
+def convolved(source: str, target: str, **attributes: Any) -> onnx.NodeProto:
     attributes = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]} | attributes
-    into = 4 // attributes.get("group", 1)
-    weights = helper.make_tensor("w", TensorProto.FLOAT, [4, into, 3, 3], [0.5] * (36 * into))
-    value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4, "h", "w"])  # noqa: E731
-    node = helper.make_node("Conv", ["x", "w"], ["y"], **attributes)
-    graph = helper.make_graph([node], "g", [value("x")], [value("y")], [weights])
+    return helper.make_node("Conv", [source, "w", "b"], [target], **attributes)
+
+
+def program(
+    *nodes: onnx.NodeProto, weights: tuple[int, ...] = (64, 64, 3, 3), bias: tuple[int, ...] = (64,), end: str = "y"
+) -> bytes:
+    made = [
+        helper.make_tensor(name, TensorProto.FLOAT, dims, [0.01] * math.prod(dims))
+        for name, dims in (("w", weights), ("b", bias))
+    ]
+    graph = helper.make_graph(list(nodes), "g", [value("x")], [value(end)], made)
     return helper.make_model(graph).SerializeToString()
 
 
+def artefact(root: Path, content: bytes, monkeypatch) -> tuple[Path, Manifest]:
+    """Return an artefact whose program is `content`, whoever made it."""
+    _, directory = exported("Maps", root)
+    manifest = Manifest.read(directory)
+    monkeypatch.setattr(Manifest, "read_verified", lambda manifest, directory, name: content)
+    spec = manifest.inputs[0].model_copy(update={"shape": (-1, 64, 8, 8)})
+    output = manifest.outputs[0].model_copy(update={"name": "y"})
+    return directory, manifest.model_copy(update={"inputs": (spec,), "outputs": (output,)})
+
+
 def test_which_convolutions_it_takes():
-    plain = body_of(program())
+    plain = body_of(program(convolved("x", "y")), PANEL)
     assert plain is not None
     assert (plain.start, plain.end, plain.steps[0].stride, plain.steps[0].relu) == ("x", "y", 1, False)
-    assert not plain.steps[0].bias.any()
+    strided = body_of(program(convolved("x", "a"), convolved("a", "y", strides=[2, 2])), PANEL)
+    assert strided is not None
+    assert [step.stride for step in strided.steps] == [1, 2]
     for other in (
-        {"pads": [0, 0, 0, 0]}, {"pads": [1, 1, 0, 0]}, {"dilations": [2, 2]}, {"group": 2}, {"strides": [2, 2]},
-        {"strides": [1, 2]}, {"auto_pad": "SAME_UPPER"},
+        {"pads": [0, 0, 0, 0]}, {"pads": [1, 1, 0, 0]}, {"dilations": [2, 2]}, {"group": 2}, {"strides": [1, 2]},
+        {"auto_pad": "SAME_UPPER"}, {"kernel_shape": [1, 1]}, {"strides": [1.0, 1.0]},
     ):  # fmt: skip
-        assert body_of(program(**other)) is None, other
+        taken = body_of(program(convolved("x", "a"), convolved("a", "y", **other)), PANEL)
+        assert taken is not None
+        assert [step.target for step in taken.steps] == ["a"], other
+    assert body_of(program(convolved("x", "y"), weights=(32, 64, 3, 3), bias=(32,)), PANEL) is None
+    assert body_of(program(convolved("x", "y"), weights=(64, 64, 5, 5)), PANEL) is None
+    assert body_of(program(convolved("x", "y"), weights=(64, 64, 3)), PANEL) is None
+    assert body_of(program(convolved("x", "y"), bias=(64, 1)), PANEL) is None
+    assert body_of(program(convolved("x", "y"), bias=()), PANEL) is None
+
+
+def test_a_run_ends_where_the_rest_of_the_program_looks_into_it():
+    inner, late = helper.make_node("Sigmoid", ["a"], ["s"]), helper.make_node("Mul", ["c", "s"], ["y"])
+    body = body_of(program(convolved("x", "a"), convolved("a", "v"), convolved("v", "c"), inner, late), PANEL)
+    assert body is not None
+    assert (body.start, body.end) == ("a", "c")
+    unused = body_of(program(convolved("x", "y"), convolved("y", "dead")), PANEL)
+    assert unused is not None
+    assert unused.end == "y"
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [convolved("x", "x"), convolved("x", "y")],
+        [convolved("x", "a"), convolved("a", "a"), convolved("a", "y")],
+        [convolved("x", "w"), convolved("w", "y")],
+    ],
+)
+def test_a_program_whose_values_share_a_name_is_refused(tmp_path, monkeypatch, nodes):
+    directory, manifest = artefact(tmp_path, program(*nodes), monkeypatch)
+    with pytest.raises(EngineError, match="values share a name"):
+        WinogradEngine(directory, manifest)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"nothing",
+        program(helper.make_node("Abs", ["x"], ["a"]), convolved("a", "y")),  # nobody says of what type `a` is
+        program(convolved("x", "a"), helper.make_node("Abs", ["a"], ["y"])),
+        program(convolved("x", "y"), weights=(64, 3, 3, 3)),
+    ],
+)
+def test_whatever_is_wrong_it_is_left_out(tmp_path, monkeypatch, content):
+    directory, manifest = artefact(tmp_path, content, monkeypatch)
+    with pytest.raises(EngineError, match="engine winograd can't"):
+        WinogradEngine(directory, manifest)
+
+
+def test_a_library_that_is_broken_is_told_without_its_path(tmp_path, monkeypatch):
+    _, directory = exported("Maps", tmp_path)
+    broken = tmp_path / "winograd-v4.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(compiled, "kernel", lambda name: broken)
+    with pytest.raises(EngineError, match="engine winograd can't be loaded: OSError") as raised:
+        WinogradEngine(directory, Manifest.read(directory))
+    assert str(tmp_path) not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [np.zeros((2, 3, 20, 23), "f4"), np.zeros((2, 3, 24, 20), "f4"), np.zeros((2, 3, 20, 24), "f8"), np.zeros(5, "f4")],
+)
+def test_what_is_of_another_shape_never_reaches_the_library(tmp_path, images):
+    _, directory = exported("Maps", tmp_path)
+    with pytest.raises(EngineError, match=r"want FP32 \[-1, 3, 20, 24\], got"):
+        WinogradEngine(directory, Manifest.read(directory)).run({"x": images})
+
+
+def test_no_rows_give_none(tmp_path):
+    _, directory = exported("Maps", tmp_path)
+    got = WinogradEngine(directory, Manifest.read(directory)).run({"x": np.zeros((0, 3, 20, 24), "f4")})
+    assert got["output0"].shape == (0, 64, 20, 24)
 
 
 def test_the_rest_of_a_program_begins_with_the_value_given(tmp_path):
     _, directory = exported("Photograph", tmp_path)
     content = Manifest.read(directory).read_verified(directory, "model.onnx")
-    body = body_of(content)
+    body = body_of(content, PANEL)
     assert body is not None
     rest = onnx.load_from_string(remaining(content, body.end)).graph
     assert [value.name for value in rest.input] == [body.end]

@@ -5,16 +5,15 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from layercast.models.datatypes import TORCH_DTYPES
 from layercast.models.manifest import Manifest, TensorSpec
 from layercast.models.onnx_cut import CutError, cut, remaining
 from layercast.server import compiled
-from layercast.server.engines.base import EngineError, Inputs, Outputs
+from layercast.server.engines.base import EngineError, Inputs, Outputs, not_loaded
 from layercast.server.engines.onnx import open_session
-from layercast.server.engines.winograd.body import Body, body_of
-from layercast.server.engines.winograd.library import NAME, available, library
+from layercast.server.engines.winograd.body import body_of
+from layercast.server.engines.winograd.library import NAME, Library, available, library
 from layercast.server.engines.winograd.plan import Plan, Shape, Workspace
 from layercast.server.work import Array
 
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from layercast.models.onnx_runtime import onnxruntime
 
 _PROGRAM: Final = "onnx"
+_MOST_BYTES: Final = 128 << 20
+"""Larger programs are not cut: Python's lock is kept meanwhile."""
 
 
 class WinogradEngine:
@@ -37,24 +38,28 @@ class WinogradEngine:
         path = compiled.kernel(NAME)
         if path is None:
             raise EngineError(f"engine {NAME} is not to be had: {available()}")
+        if manifest.files[manifest.programs[_PROGRAM]].bytes > _MOST_BYTES:
+            raise EngineError(f"engine {NAME} takes programs of up to {_MOST_BYTES >> 20} MB")
         content = manifest.read_verified(directory, manifest.programs[_PROGRAM])
         try:
-            body = body_of(content)
-        except CutError as error:
-            raise EngineError(f"engine {NAME} can't read the program: {error}") from error
+            self._load(content, manifest, library(path))
+        except (CutError, EngineError) as error:
+            raise EngineError(f"engine {NAME} can't run it: {error}") from error
+        except Exception as error:  # of a program that only a checker would refuse, or a library that is broken
+            raise not_loaded(f"engine {NAME}", error, str(path)) from error
+        self._free: list[Workspace] = []
+
+    def _load(self, content: bytes, manifest: Manifest, kernel: Library) -> None:
+        body = body_of(content, kernel.panel)
         if body is None:
-            raise EngineError(f"engine {NAME} finds no 3x3 convolutions of stride 1 that it can compute")
+            raise EngineError(f"it has no 3x3 convolution of stride 1 to a multiple of {kernel.panel} channels")
         self._outputs = [spec.name for spec in manifest.outputs]
-        self._inputs = {spec.name for spec in manifest.inputs}
         self._start, self._end = body.start, body.end
-        self._head = None if body.start in self._inputs else _session(cut(content, [body.start]))
+        within = body.start in {spec.name for spec in manifest.inputs}
+        self._head = None if within else _session(cut(content, [body.start]))
         self._tail = None if [body.end] == self._outputs else _session(remaining(content, body.end))
         self._read = [value.name for value in self._tail.get_inputs()] if self._tail else []
-        try:
-            self._plan = Plan(library(path), body, self._shape(body, manifest))
-        except (EngineError, OSError) as error:
-            raise EngineError(f"engine {NAME}: {error}") from error
-        self._free: list[Workspace] = []
+        self._plan = Plan(kernel, body, self._shape(manifest))
 
     def run(self, inputs: Inputs) -> Outputs:
         """Return every output for the batch."""
@@ -70,16 +75,15 @@ class WinogradEngine:
         values = {name: maps if name == self._end else inputs[name] for name in self._read}
         return dict(zip(self._outputs, self._tail.run(self._outputs, values), strict=True))
 
-    def _before(self, inputs: Inputs) -> NDArray[np.float32]:
+    def _before(self, inputs: Inputs) -> Array:
         """Return what the convolutions begin with."""
-        images = inputs[self._start] if self._head is None else self._head.run([self._start], dict(inputs))[0]
-        return np.ascontiguousarray(images)
+        return inputs[self._start] if self._head is None else np.asarray(self._head.run([self._start], dict(inputs))[0])
 
-    def _shape(self, body: Body, manifest: Manifest) -> Shape:
+    def _shape(self, manifest: Manifest) -> Shape:
         """Return the shape of that; what comes before it is asked with one row of zeros."""
         images = self._before({spec.name: _zeros(spec) for spec in manifest.inputs})
-        if images.dtype != np.float32 or images.ndim != 4:
-            raise EngineError(f"its convolutions begin with {images.dtype} of {images.ndim} dimensions")
+        if images.dtype != np.float32 or images.ndim != 4 or len(images) != 1:
+            raise EngineError(f"its convolutions begin with {images.dtype} {list(images.shape)} for one row")
         return Shape(*images.shape[1:])
 
 
