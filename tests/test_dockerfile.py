@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import compiled_kernels
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -80,10 +81,28 @@ def test_the_server_finds_compiled_code_of_its_own_sources_and_interpreter(monke
     )
     assert stage("build")[0][1].removesuffix(" AS build") == final[0][1]
     assert stage("compile")[0] == ("FROM", "build AS compile")
-    *_, (name, command) = stage("compile")
+    *_, (name, command), (check, text) = stage("compile")
     assert (name, command.endswith("&& layercast compile")) == ("RUN", True)
+    assert (check, "are_whole" in text) == ("RUN", True)
     (installed,) = [text for name, text in stage("compile") if name == "RUN" and "apt-get install" in text]
     assert {"gcc", "g++", "libc6-dev"} <= set(installed.split())
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_an_image_without_the_kernels_that_can_be_made_is_not_built(tmp_path: Path, made: bool) -> None:
+    *_, (_, text) = stage("compile")
+    _, *arguments = json.loads(text)
+    folder = tmp_path / "share/layercast/compiled"
+    if made:
+        compiled_kernels.make(folder)
+    # The modules are taken to be there: to make them takes a minute.
+    code = (
+        "import sys; sys.prefix = sys.argv[1]; from layercast.server import compiled, kernels; "
+        "compiled.is_whole = lambda root: True; kernels.missing = lambda: ''; " + arguments[-1]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0 if made else 1, "")
 
 
 def test_an_image_without_compiled_code_is_not_built(tmp_path: Path) -> None:
