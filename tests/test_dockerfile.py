@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import compiled_kernels
+import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
