@@ -30,12 +30,23 @@ RUN pip install -c constraints/cpu.txt ".[server,gpu]"
 FROM build AS export
 RUN pip install -c constraints/cpu.txt ".[server,gpu,export]" && layercast export --all --output /models
 
+# So are the compilers. What they make is named after these sources and this interpreter.
+FROM build AS compile
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --no-install-recommends -y g++ gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN pip install -c constraints/cpu.txt ".[server,gpu,compile]" && layercast compile
+# Where kernels of engines can be made, they must have been.
+RUN ["python", "-c", "from layercast.server import compiled as c, kernels as k; raise SystemExit(not (k.missing() or k.are_whole(c.find(c.default_folder()) / k.FOLDER)))"]
+
 FROM python:${PYTHON_VERSION}-slim
 # By number: Kubernetes cannot tell that a named user is not root.
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin layercast
 COPY --from=build /opt/layercast /opt/layercast
+COPY --from=compile /opt/layercast/share/layercast/compiled /opt/layercast/share/layercast/compiled
 COPY --from=export /models /models
 ENV PATH=/opt/layercast/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1
+# No image without it: the server would run the sources, which answer fewer requests, and only its start would say so.
+RUN ["python", "-c", "from layercast.server.compiled import default_folder, use; raise SystemExit(not use(default_folder()))"]
 USER 10001:10001
 WORKDIR /models
 # HTTP, gRPC, metrics

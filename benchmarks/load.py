@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import tempfile
@@ -34,7 +35,11 @@ class Server:
 
 @dataclass(frozen=True)
 class Load:
-    """What one server did under one load: requests/s, milliseconds, the group's memory, seconds until it was ready."""
+    """What one server did under one load: requests/s, milliseconds, the group's memory, seconds until it was ready.
+
+    `cpu_s` is the group's processor time over all of the load, its warm-up included; `load_cpus` the processors
+    that the load itself took, 0 to 1.
+    """
 
     rate: float
     p50_ms: float
@@ -43,6 +48,7 @@ class Load:
     memory_mb: int
     ready_s: float
     cpu_s: float
+    load_cpus: float
 
     def json(self) -> dict[str, float]:
         """Return the figures by name."""
@@ -137,9 +143,11 @@ def h2load(port: int, message: bytes, concurrency: int, seconds: float, answer_b
             "-H", "content-type: application/grpc", "-H", "te: trailers", f"http://127.0.0.1:{port}{_INFER.path}",
         ]  # fmt: skip
         subprocess.run([*command, "-D", "1"], capture_output=True, check=True)  # its own warm-up blurs the byte count
+        spent, began = _children_cpu(), time.perf_counter()
         out = subprocess.run(
             [*command, "-D", f"{seconds:g}", f"--log-file={log}"], capture_output=True, text=True, check=True
         ).stdout
+        load_cpus = (_children_cpu() - spent) / (time.perf_counter() - began)
         if not log.read_bytes():
             raise SystemExit(f"not one answer in {seconds:g} s; load it for longer")
         times = np.loadtxt(log, dtype="i8", ndmin=2)
@@ -156,7 +164,14 @@ def h2load(port: int, message: bytes, concurrency: int, seconds: float, answer_b
         "p50_ms": float(np.percentile(latency, 50)),
         "p99_ms": float(np.percentile(latency, 99)),
         "mean_ms": float(latency.mean()),
+        "load_cpus": load_cpus,
     }
+
+
+def _children_cpu() -> float:
+    """Return the processor time of the processes that were waited for: loads, not servers, which run on."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _group(pid: int) -> Iterator[Path]:

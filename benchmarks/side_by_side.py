@@ -193,6 +193,7 @@ def table(report: dict[str, Any]) -> str:
         "workload",
         *(f"{name}, /s (p99 ms)" for name in servers),
         *(f"{name} / triton" for name in ours),
+        *(f"{name} / in process (less the load)" for name in ours),
         "in process, rows/s",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -201,9 +202,16 @@ def table(report: dict[str, Any]) -> str:
         cells = [f"{median[s]['rate']:,.0f} ({median[s]['p99_ms']:.1f})" if s in median else "" for s in servers]
         triton = median.get("triton", {}).get("rate")
         cells += [f"{median[name]['rate'] / triton:.2f}" if triton and name in median else "" for name in ours]
+        cells += [_of_limit(median[name], found["in process"], int(report["machine"]["cpus"])) for name in ours]
         cells.append(", ".join(f"{engine} {rate:,.0f}" for engine, rate in found["in process"].items()))
         lines.append(f"| {workload} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _of_limit(load: dict[str, float], limits: dict[str, float], cpus: int) -> str:
+    """Return the rate as a part of the best engine's, which has every processor, and of what the load leaves it."""
+    part = load["rate"] / max(limits.values())
+    return f"{part:.2f} ({part * cpus / (cpus - load['load_cpus']):.2f})"
 
 
 if __name__ == "__main__":

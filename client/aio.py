@@ -3,28 +3,20 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack, overload
 
 import grpc
-import grpc.aio
 
-from layercast.client.connection import (
-    DEFAULT_MAX_MESSAGE_BYTES,
-    DEFAULT_TIMEOUT,
-    DEFAULT_URL,
-    Connection,
-    Deadline,
-)
+from layercast.client.carrier_aio import AsyncCarrier
+from layercast.client.connection import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT, DEFAULT_URL, Connection
 from layercast.client.edits import Edit
-from layercast.client.errors import LayercastError, from_status
 from layercast.client.explaining import Targets
-from layercast.client.joining import Joining
-from layercast.client.many import DEFAULT_IN_FLIGHT, METHOD, Errors, Many, check_items
-from layercast.client.operations import Call, Operations, Outcome, Outputs, Question, Result, Steps
+from layercast.client.many import DEFAULT_IN_FLIGHT, Errors, check_items
+from layercast.client.operations import Operations
+from layercast.client.question import Outputs
 from layercast.client.security import File, authorization, channel_credentials
-from layercast.client.streams import AsyncItems, results_async
+from layercast.client.streams import AsyncItems
 from layercast.client.translation import Inputs
 from layercast.client.types import ExplainOptions, Explanation, LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray
@@ -53,10 +45,8 @@ class AsyncClient:
     ) -> None:
         credentials = credentials or channel_credentials(tls, ca, certificate, key)
         sent = {**authorization(token), **(headers or {})}
-        self._connection = Connection(url, timeout, max_message_bytes, credentials, sent)
         self._operations = Operations()
-        self._channel: grpc.aio.Channel | None = None
-        self._closed = False
+        self._carrier = AsyncCarrier(Connection(url, timeout, max_message_bytes, credentials, sent), self._operations)
 
     @overload
     async def predict(
@@ -102,7 +92,7 @@ class AsyncClient:
         id: str = "",
     ) -> AnyArray | dict[str, AnyArray]:
         """See `Client.predict`."""
-        return await self._run(self._operations.predict(model, inputs, version, outputs, id), timeout)
+        return await self._carrier.run(self._operations.predict(model, inputs, version, outputs, id), timeout)
 
     def predict_many(
         self,
@@ -120,7 +110,8 @@ class AsyncClient:
         `contextlib.aclosing` closes the stream where the loop is left early.
         """
         check_items(items, errors, in_flight)
-        return self._many(items, self._operations.question(model, version, outputs), errors, in_flight, timeout)
+        steps = self._operations.question(model, version, outputs)
+        return self._carrier.many(items, steps, errors, in_flight, timeout)
 
     async def features(
         self,
@@ -136,7 +127,7 @@ class AsyncClient:
     ) -> dict[str, AnyArray]:
         """See `Client.features`."""
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
-        return await self._run(steps, timeout)
+        return await self._carrier.run(steps, timeout)
 
     async def stream_features(
         self,
@@ -152,29 +143,10 @@ class AsyncClient:
         id: str = "",
     ) -> AsyncGenerator[dict[str, AnyArray], None]:
         """See `Client.stream_features`."""
-        deadline = self._connection.deadline(timeout)
         steps = self._operations.stream_features(model, inputs, layers, reduce, outputs, version, chunk_bytes, id)
-        call, metadata = await self._run(steps, timeout)
-        method = call.method
-        responses: Any = None
-        joining = Joining(model)
-        if refusal := self._refusal(call):
-            raise refusal
-        try:
-            opened = self._opened().unary_stream(
-                method.path, method.request.SerializeToString, method.response.FromString
-            )
-            responses = opened(call.request, timeout=deadline.left, metadata=self._connection.metadata)
-            async for response in responses:
-                if (arrays := joining.add(response)) is not None:
-                    yield arrays
-            joining.end()
-        except grpc.aio.AioRpcError as error:
-            self._operations.forget(metadata)
-            raise from_status(error, self._connection.url, deadline.timeout) from None
-        finally:
-            if responses is not None:
-                responses.cancel()
+        async with aclosing(self._carrier.stream(model, steps, timeout)) as parts:
+            async for part in parts:
+                yield part
 
     async def steer(
         self,
@@ -191,7 +163,7 @@ class AsyncClient:
     ) -> dict[str, AnyArray]:
         """See `Client.steer`."""
         steps = self._operations.steer(model, inputs, edits, outputs, layers, reduce, version, id)
-        return await self._run(steps, timeout)
+        return await self._carrier.run(steps, timeout)
 
     async def explain(
         self,
@@ -210,39 +182,37 @@ class AsyncClient:
         """See `Client.explain`."""
         named = output, input
         steps = self._operations.explain(model, inputs, method, targets, named, version, id, options)
-        return await self._run(steps, timeout)
+        return await self._carrier.run(steps, timeout)
 
     async def layers(
         self, model: str, pattern: str = "*", *, version: str = "", timeout: float | None = None
     ) -> list[LayerInfo]:
         """See `Client.layers`."""
-        return await self._run(self._operations.layers(model, pattern, version), timeout)
+        return await self._carrier.run(self._operations.layers(model, pattern, version), timeout)
 
     async def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
         """See `Client.models`."""
-        return await self._run(self._operations.models(), timeout)
+        return await self._carrier.run(self._operations.models(), timeout)
 
     async def metadata(self, model: str, *, version: str = "", timeout: float | None = None) -> ModelMetadata:
         """See `Client.metadata`."""
-        return await self._run(self._operations.metadata(model, version), timeout)
+        return await self._carrier.run(self._operations.metadata(model, version), timeout)
 
     async def is_live(self, *, timeout: float | None = None) -> bool:
         """See `Client.is_live`."""
-        return await self._run(self._operations.is_live(), timeout)
+        return await self._carrier.run(self._operations.is_live(), timeout)
 
     async def is_ready(self, *, timeout: float | None = None) -> bool:
         """See `Client.is_ready`."""
-        return await self._run(self._operations.is_ready(), timeout)
+        return await self._carrier.run(self._operations.is_ready(), timeout)
 
     async def is_model_ready(self, model: str, *, version: str = "", timeout: float | None = None) -> bool:
         """See `Client.is_model_ready`."""
-        return await self._run(self._operations.is_model_ready(model, version), timeout)
+        return await self._carrier.run(self._operations.is_model_ready(model, version), timeout)
 
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled. The client cannot be used afterwards."""
-        self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
+        await self._carrier.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -251,51 +221,3 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
-
-    def _opened(self) -> grpc.aio.Channel:
-        """The channel, made inside the running event loop, which it stays tied to."""
-        if self._channel is None:
-            url, options, credentials = self._connection.url, self._connection.options, self._connection.credentials
-            if credentials is None:
-                self._channel = grpc.aio.insecure_channel(url, options)
-            else:
-                self._channel = grpc.aio.secure_channel(url, credentials, options)
-        return self._channel
-
-    async def _run(self, steps: Steps[Result], timeout: float | None) -> Result:
-        deadline = self._connection.deadline(timeout)
-        try:
-            call = next(steps)
-            while True:
-                call = steps.send(await self._outcome(call, deadline))
-        except StopIteration as done:
-            result: Result = done.value
-            return result
-
-    def _refusal(self, call: Call) -> LayercastError | None:
-        """The error for a call that can't be sent, or None."""
-        return LayercastError("this client is closed") if self._closed else self._connection.oversize(call.request)
-
-    async def _many(
-        self, items: AsyncItems, steps: Steps[Question], errors: Errors, in_flight: int, timeout: float | None
-    ) -> AsyncGenerator[Any, None]:
-        many = Many(self._operations, self._connection, await self._run(steps, timeout), errors, in_flight)
-        if self._closed:
-            raise LayercastError("this client is closed")
-        stream: Any = self._opened().stream_stream(METHOD.path, None, METHOD.response.FromString)
-        open_call = partial(stream, metadata=self._connection.metadata)
-        seconds = self._connection.deadline(timeout).timeout
-        async with aclosing(results_async(open_call, many, items, seconds)) as answers:
-            async for answer in answers:
-                yield answer
-
-    async def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
-        if refusal := self._refusal(call):
-            return refusal
-        method = call.method
-        send = self._opened().unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
-        try:
-            outcome: Outcome = await send(call.request, timeout=deadline.left, metadata=self._connection.metadata)
-        except grpc.aio.AioRpcError as error:
-            return from_status(error, self._connection.url, deadline.timeout)
-        return outcome

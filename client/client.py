@@ -1,31 +1,23 @@
 """The synchronous client."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack, overload
 
 import grpc
 
-from layercast.client.connection import (
-    DEFAULT_MAX_MESSAGE_BYTES,
-    DEFAULT_TIMEOUT,
-    DEFAULT_URL,
-    Connection,
-    Deadline,
-)
+from layercast.client.carrier import Carrier
+from layercast.client.connection import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT, DEFAULT_URL, Connection
 from layercast.client.edits import Edit
-from layercast.client.errors import LayercastError, from_status
 from layercast.client.explaining import Targets
-from layercast.client.joining import joined
-from layercast.client.many import DEFAULT_IN_FLIGHT, METHOD, Errors, Many, check_items
-from layercast.client.operations import Call, Operations, Outcome, Outputs, Question, Result, Steps
+from layercast.client.many import DEFAULT_IN_FLIGHT, Errors, check_items
+from layercast.client.operations import Operations
+from layercast.client.question import Outputs
 from layercast.client.security import File, authorization, channel_credentials
-from layercast.client.streams import Items, Stream, results
+from layercast.client.streams import Items
 from layercast.client.translation import Inputs
 from layercast.client.types import ExplainOptions, Explanation, LayerInfo, ModelInfo, ModelMetadata
 from layercast.proto.codec import AnyArray
-from layercast.proto.rpc import FEATURES, INFERENCE
 
 
 class Client:
@@ -62,19 +54,8 @@ class Client:
     ) -> None:
         credentials = credentials or channel_credentials(tls, ca, certificate, key)
         sent = {**authorization(token), **(headers or {})}
-        self._connection = Connection(url, timeout, max_message_bytes, credentials, sent)
         self._operations = Operations()
-        self._channel = self._open()
-        self._closed = False
-        self._calls = {
-            method.path: self._channel.unary_unary(
-                method.path,
-                request_serializer=method.request.SerializeToString,
-                response_deserializer=method.response.FromString,
-            )
-            for method in (*INFERENCE.values(), *FEATURES.values())
-            if method.kind == "unary"
-        }
+        self._carrier = Carrier(Connection(url, timeout, max_message_bytes, credentials, sent), self._operations)
 
     @overload
     def predict(
@@ -128,7 +109,7 @@ class Client:
         What comes back follows from `outputs`: a name gives that array; a list gives a dict, also for one name; None
         gives the array of a model that declares one output, and a dict of all outputs for any other model.
         """
-        return self._run(self._operations.predict(model, inputs, version, outputs, id), timeout)
+        return self._carrier.run(self._operations.predict(model, inputs, version, outputs, id), timeout)
 
     def predict_many(
         self,
@@ -155,7 +136,8 @@ class Client:
         Leaving the loop early closes the stream once the iterator is collected; its `close()` does so at once.
         """
         check_items(items, errors, in_flight)
-        return self._many(iter(items), self._operations.question(model, version, outputs), errors, in_flight, timeout)
+        steps = self._operations.question(model, version, outputs)
+        return self._carrier.many(iter(items), steps, errors, in_flight, timeout)
 
     def features(
         self,
@@ -179,7 +161,7 @@ class Client:
         fit into a message: send fewer rows or layers, or reduce.
         """
         steps = self._operations.features(model, inputs, layers, reduce, outputs, version, id)
-        return self._run(steps, timeout)
+        return self._carrier.run(steps, timeout)
 
     def stream_features(
         self,
@@ -200,24 +182,8 @@ class Client:
         row where that is larger. The server computes little ahead of what is read; leaving the loop stops it.
         `timeout` covers all of it, the caller's own time between two dicts too.
         """
-        deadline = self._connection.deadline(timeout)
         steps = self._operations.stream_features(model, inputs, layers, reduce, outputs, version, chunk_bytes, id)
-        call, metadata = self._run(steps, timeout)
-        method, responses = call.method, None
-        if refusal := self._refusal(call):
-            raise refusal
-        try:
-            opened = self._channel.unary_stream(
-                method.path, method.request.SerializeToString, method.response.FromString
-            )
-            responses = opened(call.request, timeout=deadline.left, metadata=self._connection.metadata)
-            yield from joined(model, responses)
-        except grpc.RpcError as error:
-            self._operations.forget(metadata)
-            raise from_status(error, self._connection.url, deadline.timeout) from None
-        finally:
-            if responses is not None:
-                responses.cancel()
+        return self._carrier.stream(model, steps, timeout)
 
     def steer(
         self,
@@ -241,7 +207,7 @@ class Client:
         InvalidArgument for an edit that does not fit, with its place.
         """
         steps = self._operations.steer(model, inputs, edits, outputs, layers, reduce, version, id)
-        return self._run(steps, timeout)
+        return self._carrier.run(steps, timeout)
 
     def explain(
         self,
@@ -279,38 +245,37 @@ class Client:
         """
         named = output, input
         steps = self._operations.explain(model, inputs, method, targets, named, version, id, options)
-        return self._run(steps, timeout)
+        return self._carrier.run(steps, timeout)
 
     def layers(
         self, model: str, pattern: str = "*", *, version: str = "", timeout: float | None = None
     ) -> list[LayerInfo]:
         """The layers whose path matches the glob, in the order in which they finish."""
-        return self._run(self._operations.layers(model, pattern, version), timeout)
+        return self._carrier.run(self._operations.layers(model, pattern, version), timeout)
 
     def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
         """Every model version in the server's repository, ready or not."""
-        return self._run(self._operations.models(), timeout)
+        return self._carrier.run(self._operations.models(), timeout)
 
     def metadata(self, model: str, *, version: str = "", timeout: float | None = None) -> ModelMetadata:
         """Inputs, outputs, labels and preprocessing of a model, asked afresh."""
-        return self._run(self._operations.metadata(model, version), timeout)
+        return self._carrier.run(self._operations.metadata(model, version), timeout)
 
     def is_live(self, *, timeout: float | None = None) -> bool:
         """Does a server run here? False when none can be reached."""
-        return self._run(self._operations.is_live(), timeout)
+        return self._carrier.run(self._operations.is_live(), timeout)
 
     def is_ready(self, *, timeout: float | None = None) -> bool:
         """Is the server there, with all its models loaded?"""
-        return self._run(self._operations.is_ready(), timeout)
+        return self._carrier.run(self._operations.is_ready(), timeout)
 
     def is_model_ready(self, model: str, *, version: str = "", timeout: float | None = None) -> bool:
         """Is the server there, and can this model answer now? False for an unknown model."""
-        return self._run(self._operations.is_model_ready(model, version), timeout)
+        return self._carrier.run(self._operations.is_model_ready(model, version), timeout)
 
     def close(self) -> None:
         """Close the connection; calls in flight are cancelled. The client cannot be used afterwards."""
-        self._closed = True
-        self._channel.close()
+        self._carrier.close()
 
     def __enter__(self) -> Self:
         return self
@@ -319,47 +284,3 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _open(self) -> grpc.Channel:
-        url, options, credentials = self._connection.url, self._connection.options, self._connection.credentials
-        if credentials is None:
-            return grpc.insecure_channel(url, options)
-        return grpc.secure_channel(url, credentials, options)
-
-    def _run(self, steps: Steps[Result], timeout: float | None) -> Result:
-        deadline = self._connection.deadline(timeout)
-        try:
-            call = next(steps)
-            while True:
-                call = steps.send(self._outcome(call, deadline))
-        except StopIteration as done:
-            result: Result = done.value
-            return result
-
-    def _refusal(self, call: Call) -> LayercastError | None:
-        """The error for a call that can't be sent, or None."""
-        return LayercastError("this client is closed") if self._closed else self._connection.oversize(call.request)
-
-    def _many(
-        self, items: Iterator[Inputs], steps: Steps[Question], errors: Errors, in_flight: int, timeout: float | None
-    ) -> Generator[Any, None, None]:
-        many = Many(self._operations, self._connection, self._run(steps, timeout), errors, in_flight)
-        if self._closed:
-            raise LayercastError("this client is closed")
-        call: Any = self._channel.stream_stream(METHOD.path, None, METHOD.response.FromString)
-        stream = Stream(partial(call, metadata=self._connection.metadata))
-        yield from results(stream, many, items, self._connection.deadline(timeout).timeout)
-
-    def _outcome(self, call: Call, deadline: Deadline) -> Outcome:
-        if refusal := self._refusal(call):
-            return refusal
-        try:
-            return self._calls[call.method.path](
-                call.request, timeout=deadline.left, metadata=self._connection.metadata
-            )
-        except grpc.RpcError as error:
-            return from_status(error, self._connection.url, deadline.timeout)
-        except ValueError:
-            if self._closed:  # by another thread, a moment ago
-                return LayercastError("this client is closed")
-            raise

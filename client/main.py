@@ -44,7 +44,8 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("measure a model's accuracy on its test split", "layercast.models.commands.evaluate"),
     "export": Command("write a model as an artefact that can be served", "layercast.models.commands.export"),
     "compile": Command(
-        "compile what runs for every request: a fifth more requests/s", "layercast.server.commands.compile"
+        "compile what runs for every request, up to 1.8 times as many requests/s, and convolutions",
+        "layercast.server.commands.compile",
     ),
     "doctor": Command("check this machine and installation", "layercast.server.commands.doctor"),
 }

@@ -17,7 +17,8 @@ from layercast.client.errors import (
     from_status,
     of_code,
 )
-from layercast.client.operations import Operations, Question
+from layercast.client.operations import Operations
+from layercast.client.question import Question
 from layercast.client.translation import Inputs
 from layercast.proto.messages import ModelStreamInferResponse
 from layercast.proto.rpc import INFERENCE

@@ -13,19 +13,10 @@ from google.protobuf.message import Message
 from layercast.client.edits import Edit
 from layercast.client.errors import InvalidArgument, LayercastError, NotFound, Unavailable
 from layercast.client.explaining import Targets, explanation_of, options_message, target_indices
-from layercast.client.translation import (
-    Inputs,
-    decoding,
-    encoding,
-    metadata_of,
-    named_inputs,
-    only,
-    pass_on,
-    sent_inputs,
-    taps,
-)
+from layercast.client.question import Outputs, Question
+from layercast.client.translation import Inputs, decoding, metadata_of, pass_on, sent_inputs, taps
 from layercast.client.types import Explanation, LayerInfo, ModelInfo, ModelMetadata
-from layercast.proto.codec import AnyArray, decode_named, decode_outputs, fill_inputs
+from layercast.proto.codec import AnyArray, decode_named
 from layercast.proto.messages import (
     ExplainRequest,
     ExplainResponse,
@@ -34,8 +25,6 @@ from layercast.proto.messages import (
     ExtractStreamRequest,
     ListLayersRequest,
     ListLayersResponse,
-    ModelInferRequest,
-    ModelInferResponse,
     ModelMetadataRequest,
     ModelMetadataResponse,
     ModelReadyRequest,
@@ -50,8 +39,6 @@ from layercast.proto.messages import (
     SteerResponse,
 )
 from layercast.proto.rpc import FEATURES, INFERENCE, Method
-
-Outputs = str | list[str] | tuple[str, ...] | None
 
 Result = TypeVar("Result")
 
@@ -83,7 +70,7 @@ class Operations:
         call = Call(INFERENCE["ModelInfer"], question.request(inputs, identifier))
         return question.result((yield from self._with_model(call, question.metadata)))
 
-    def question(self, model: str, version: str, outputs: Outputs) -> Steps["Question"]:
+    def question(self, model: str, version: str, outputs: Outputs) -> Steps[Question]:
         """What is asked of a model, for one input after the other."""
         return Question(model, version, outputs, (yield from self._known(model, version)))
 
@@ -243,37 +230,6 @@ class Operations:
     def forget(self, metadata: ModelMetadata) -> None:
         """Ask for this model's metadata again next time."""
         self._metadata = {key: known for key, known in self._metadata.items() if known is not metadata}
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A prediction of a model, asked of one input after the other: requests, and what their answers mean."""
-
-    model: str
-    version: str
-    outputs: Outputs
-    metadata: ModelMetadata
-
-    def request(self, inputs: Inputs, identifier: str) -> ModelInferRequest:
-        """The message that asks for these inputs."""
-        request = ModelInferRequest(model_name=self.model, model_version=self.version, id=identifier)
-        for name in [self.outputs] if isinstance(self.outputs, str) else self.outputs or ():
-            request.outputs.add(name=name)
-        with encoding():
-            fill_inputs(request, named_inputs(self.metadata, inputs))
-        return request
-
-    def result(self, response: ModelInferResponse) -> AnyArray | dict[str, AnyArray]:
-        """What `predict` returns for an answer."""
-        with decoding(self.model):
-            arrays = decode_outputs(response)
-        if "warning" in response.parameters:
-            pass_on(response.parameters["warning"].string_param)
-        if isinstance(self.outputs, str):
-            return only(arrays, self.outputs)
-        if self.outputs is None and len(self.metadata.outputs) == 1 and len(arrays) == 1:
-            return next(iter(arrays.values()))
-        return arrays
 
 
 def _extraction(

@@ -1,10 +1,10 @@
 """Cuts an ONNX model: values from inside become its outputs, and what they do not need is gone. Needs `onnx`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 _NUMPY: Final = frozenset(
     {"FLOAT", "DOUBLE", "FLOAT16", "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"}
@@ -22,34 +22,65 @@ def cut(content: bytes, values: Sequence[str]) -> bytes:
     It is cut in place, since every copy of large weights keeps Python's lock for a while. CutError for bytes that are
     no model, a value of which the model does not say the type, and tensors kept in other files.
     """
-    model = _parsed(content)
+    model = parsed(content)
     graph = model.graph
     known = {value.name: value for value in (*graph.value_info, *graph.output)}
     for name in values:
         if name not in known:
             raise CutError(f"it has no value {name!r}")
-    needed = set(values)
-    for place in reversed(range(len(graph.node))):
-        if needed.isdisjoint(graph.node[place].output):
-            del graph.node[place]
-        else:
-            needed.update(_read(graph.node[place]))
-    for place in reversed(range(len(graph.initializer))):
-        if graph.initializer[place].name not in needed:
-            del graph.initializer[place]
+    _keep(graph, needed_for(graph, values))
     outputs = [known[name] for name in values]
     del graph.output[:]
     graph.output.extend(outputs)
     return bytes(model.SerializeToString())
 
 
-def _read(node: "NodeProto") -> Iterator[str]:
+def remaining(content: bytes, value: str) -> bytes:
+    """Return the model in `content` with `value` as an input, and only those of its own that it still needs.
+
+    CutError as for `cut`.
+    """
+    model = parsed(content)
+    graph = model.graph
+    known = {each.name: each for each in graph.value_info}
+    if value not in known:
+        raise CutError(f"it has no value {value!r} inside")
+    needed = needed_for(graph, [output.name for output in graph.output], value)
+    _keep(graph, needed, value)
+    inputs = [known[value], *(each for each in graph.input if each.name in needed)]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    return bytes(model.SerializeToString())
+
+
+def needed_for(graph: "GraphProto", values: Sequence[str], given: str = "") -> set[str]:
+    """Return the names of the nodes' results, weights and inputs that `values` need, themselves included.
+
+    What computes the value `given` is not looked at.
+    """
+    needed = set(values)
+    for node in reversed(graph.node):
+        if any(name and name != given and name in needed for name in node.output):
+            needed.update(read(node))
+    return needed
+
+
+def _keep(graph: "GraphProto", needed: Container[str], given: str = "") -> None:
+    for place in reversed(range(len(graph.node))):
+        if not any(name and name != given and name in needed for name in graph.node[place].output):
+            del graph.node[place]
+    for place in reversed(range(len(graph.initializer))):
+        if graph.initializer[place].name not in needed:
+            del graph.initializer[place]
+
+
+def read(node: "NodeProto") -> Iterator[str]:
     """Yield the names of the values that `node` reads, also inside its branches and loops."""
     yield from node.input
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
             for inner in graph.node:
-                yield from _read(inner)
+                yield from read(inner)
             yield from (output.name for output in graph.output)  # a branch may give a value from outside as it is
 
 
@@ -57,7 +88,7 @@ def values_of(content: bytes) -> list[str]:
     """Return the names of the values that the model computes and that could be its outputs, in order of execution."""
     from onnx import TensorProto
 
-    graph = _parsed(content).graph
+    graph = parsed(content).graph
     types = {
         value.name: TensorProto.DataType.Name(value.type.tensor_type.elem_type)
         for value in (*graph.value_info, *graph.output)
@@ -66,7 +97,8 @@ def values_of(content: bytes) -> list[str]:
     return [name for node in graph.node for name in node.output if types.get(name) in _NUMPY]
 
 
-def _parsed(content: bytes) -> "ModelProto":
+def parsed(content: bytes) -> "ModelProto":
+    """Return the model in `content`; CutError for bytes that are none, and for tensors kept in other files."""
     import onnx
 
     try:

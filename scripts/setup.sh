@@ -149,7 +149,7 @@ install_stock_clients() { # side by side: most of the time goes into looking for
 
 case "$kind" in
     serve) extras=server,export; good="stamp-serve stamp-dev" ;;
-    dev) extras=server,export,envoy,dev; good=stamp-dev ;;
+    dev) extras=server,export,envoy,compile,dev; good=stamp-dev ;;
     *) die "usage: scripts/setup.sh [serve|dev]" ;;
 esac
 # shellcheck disable=SC2086 # a list of stamps

@@ -10,8 +10,11 @@ import logging
 import platform
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 from typing import Final
+
+from layercast.server import kernels
 
 PACKAGES: Final = ("proto", "models", "client", "server")
 """What the compiler reads: it takes types and constants from every module that one of `MODULES` imports."""
@@ -33,6 +36,7 @@ MODULES: Final = (
     "server.batching.patience",
     "server.batching.policy",
     "server.batching.queue",
+    "server.batching.timers",
     "server.batching.waiting",
     "server.service.answering",
     "server.service.bunch",
@@ -50,6 +54,7 @@ MODULES: Final = (
     "server.transport.rpc_call",
     "server.transport.short_call",
     "server.transport.timeouts",
+    "server.transport.direct.calls",
     "server.transport.direct.calm",
     "server.transport.direct.connection",
     "server.transport.direct.frames",
@@ -69,7 +74,14 @@ nothing when it is freed. A `Mark` of it is."""
 LIBRARY: Final = "library"
 """The folder of what the modules share. It is apart from them, where nobody takes their folders for packages."""
 
+OLD_THROW: Final = r"the \(type, exc, tb\) signature of throw\(\)"
+"""A warning of Python 3.12 and newer: mypyc's coroutines pass an error on to what they await as it was done before."""
+
 _ROOT: Final = "layercast"
+_SOURCES: Final = (".py", ".pyi", ".cpp")
+
+_looked_in: Final[list[Path]] = []
+"""Where the code of these sources would be, for this process; nothing before `look_in`."""
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +102,8 @@ def made_of() -> str:
     name = hashlib.sha256(f"{sysconfig.get_config_var('EXT_SUFFIX')} {platform.machine()} {MODULES}".encode())
     for package in PACKAGES:
         root = source_of(package)
-        for path in sorted(root.rglob("*.py*")):
-            if path.suffix in (".py", ".pyi"):
+        for path in sorted(root.rglob("*.*p*")):
+            if path.suffix in _SOURCES:
                 content = path.read_bytes()
                 name.update(f"\n{package}/{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     return name.hexdigest()[:24]
@@ -108,11 +120,9 @@ def use(folder: Path) -> bool:
     What can't be read or loaded here is left alone, with a warning. RuntimeError when one of the modules was imported
     already: a class must not be there twice.
     """
-    try:
-        if not folder.is_dir() or not is_whole(root := folder / made_of()):
-            return False
-    except OSError as error:
-        logger.warning("compiled code can't be read, the sources run: %s", error.strerror)
+    look_in(folder)
+    root = next(filter(is_whole, _looked_in), None)
+    if root is None:
         return False
     if early := [name for name in MODULES if f"{_ROOT}.{name}" in sys.modules]:
         raise RuntimeError(f"this is a bug: {early} were imported before their compiled code was looked for")
@@ -124,10 +134,33 @@ def use(folder: Path) -> bool:
         sys.path.remove(str(library.parent))
         logger.warning("compiled code can't be loaded, the sources run: %s", str(error).replace(str(library), "it"))
         return False
+    # Where warnings are errors, it would take the place of the error, a cancellation for example.
+    warnings.filterwarnings("ignore", OLD_THROW, DeprecationWarning)
     for package in dict.fromkeys(name.rpartition(".")[0] for name in MODULES):
         own = root.joinpath(_ROOT, *package.split("."))
         importlib.import_module(f"{_ROOT}.{package}").__path__.insert(0, str(own))
     return True
+
+
+def look_in(folder: Path) -> None:
+    """Let `kernel` look in `folder` from now on, also where the sources run. That it can't be read is only logged."""
+    _looked_in.clear()
+    try:
+        if folder.is_dir():
+            _looked_in.append(folder / made_of())
+    except OSError as error:
+        logger.warning("compiled code can't be read, the sources run: %s", error.strerror)
+
+
+def kernel(name: str) -> Path | None:
+    """Return the library of an engine's kernel that this processor runs best; None when there is none that it can."""
+    return next(filter(None, (kernels.best(root / kernels.FOLDER, name) for root in _looked_in)), None)
+
+
+def find(folder: Path) -> Path | None:
+    """Return where in `folder` the code of these sources is, if all of it is there."""
+    root = folder / made_of() if folder.is_dir() else None
+    return root if root and is_whole(root) else None
 
 
 def is_whole(root: Path) -> bool:

@@ -18,7 +18,7 @@ from layercast.models.foreign.trust import Trust
 from layercast.models.manifest import Manifest
 from layercast.server import memory, processors, tapping
 from layercast.server.engines import cuda
-from layercast.server.engines.base import EngineError, Tapping
+from layercast.server.engines.base import Engine, EngineError, Tapping
 from layercast.server.engines.choice import Choice
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.inline import inline_of, lengths_of
@@ -26,6 +26,7 @@ from layercast.server.engines.selection import Batches, Engines, golden_rows, se
 from layercast.server.engines.source import Source
 from layercast.server.engines.timing import durations
 from layercast.server.errors import OutOfMemory
+from layercast.server.inline import Inline
 from layercast.server.model import Loaded
 from layercast.server.processors import denormals_are_zero
 from layercast.server.restrict import restricted, without_silent
@@ -82,17 +83,21 @@ def load(
         Runner(manifest, each.engines.chosen(each.choice, manifest), each.engines.eager, taps)
         for each, taps in zip(every, readers, strict=True)
     )
-    one_row = golden_rows(recorded, 1)
-    warmup_ms = statistics.median(durations(runners[0].fast.run, one_row, _TIMED_RUNS)) * 1000
-    with _told(directory):
-        batch, lengths = Batches(manifest, recorded).make, lengths_of(manifest.inputs)
-        inline = inline_of(runners[0].fast, directory, manifest, batch, choice.buckets.rows, lengths)
+    warmup_ms = statistics.median(durations(runners[0].fast.run, golden_rows(recorded, 1), _TIMED_RUNS)) * 1000
+    inline = _inline(runners[0].fast, directory, manifest, recorded, choice)
     memory.release()  # of what was read, and of engines that run nothing
     seconds, cards = time.perf_counter() - start, tuple(d.index for d in devices if d.type == "cuda")
     copies, alone = 1 if _shares(every[0].source) else many, next(iter(runners[many:]), None)
     return Loaded(
         manifest, settings, runners[:many], own, seconds, warmup_ms, note, str(choice), inline, cards, copies, alone
     )
+
+
+def _inline(engine: Engine, directory: Path, manifest: Manifest, recorded: Golden, choice: Choice) -> Inline:
+    """Return which batches of the engine are so short that the event loop may wait for them."""
+    with _told(directory):
+        batch, lengths = Batches(manifest, recorded).make, lengths_of(manifest.inputs)
+        return inline_of(engine, directory, manifest, batch, choice.buckets.rows, lengths)
 
 
 class _Instance(NamedTuple):

@@ -88,6 +88,14 @@ def on_all() -> None:
             os.sched_setaffinity(0, _ALL)
 
 
+def elsewhere(turn: int) -> None:
+    """Let the calling thread go on on another of its processors; which one, `turn` says."""
+    with suppress(AttributeError, OSError):  # only Linux has it, and it may be forbidden
+        own = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {own[turn % len(own)]})
+        os.sched_setaffinity(0, own)
+
+
 @contextmanager
 def denormals_are_zero() -> Iterator[None]:
     """Let this thread, and those that it starts, take numbers below 1e-38 for zero.

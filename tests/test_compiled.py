@@ -1,8 +1,11 @@
 """The hot path as native code: it answers as the sources do, is used just where it is current, and nothing depends on it."""
 
+import fcntl
 import os
+import subprocess
 import sys
 import sysconfig
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,8 @@ from test_server_inference import offline, request, rows_for, values_of
 from test_server_process import READY, infer, serving
 
 from layercast.client.main import main
-from layercast.server import compiled
+from layercast.server import compiled, kernels
+from layercast.server.commands import compile
 
 FOLDER = TESTS.parent / "build" / "compiled"
 """Kept from run to run: what is compiled there is named after the sources."""
@@ -21,10 +25,32 @@ MODULES = (
     "test_server_inference", "test_short", "test_stream", "test_wire",
 )  # fmt: skip
 
+CANCELLING = """
+import asyncio, sys, threading
+from pathlib import Path
+from layercast.server import compiled
+assert compiled.use(Path(sys.argv[1]))
+from layercast.server.service.answering import off_loop
+async def main():
+    leave = threading.Event()
+    call = asyncio.create_task(off_loop(1 << 40, leave.wait))
+    await asyncio.sleep(0)  # it is in the thread now
+    call.cancel()
+    try:
+        await call
+    except asyncio.CancelledError:
+        print("cancelled" if compiled.in_use() else "the sources run")
+    finally:
+        leave.set()
+asyncio.run(main())
+"""
+
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
     assert main(["compile", "--output", str(FOLDER)]) == 0
+    (root,) = FOLDER.glob(compiled.made_of())
+    assert kernels.are_whole(root / "kernels") or kernels.missing()
     return FOLDER
 
 
@@ -57,6 +83,13 @@ def test_a_server_uses_it_and_says_so(folder, repository, modules):
         np.testing.assert_allclose(values_of(answer), offline(modules["mnist"], rows), rtol=1e-4, atol=1e-5)
 
 
+def test_where_warnings_are_errors_a_cancelled_call_is_cancelled(folder):
+    old = "the (type, exc, tb) signature of throw() is deprecated"  # since Python 3.12
+    command = [sys.executable, "-W", f"error:{old}:DeprecationWarning", "-c", CANCELLING, folder]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.stdout == "cancelled\n"
+
+
 def test_without_current_code_the_sources_run(tmp_path):
     assert not compiled.use(tmp_path / "absent")
     (tmp_path / "of other sources").mkdir()
@@ -75,8 +108,9 @@ def test_modules_that_are_imported_already_are_not_replaced(tmp_path):
 
 
 def pretend(root: Path) -> None:
-    """Make a folder that has the files of compiled modules, none of which can be loaded."""
-    for name in ("library/abc__mypyc.so", *(f"layercast/{name.replace('.', '/')}.so" for name in compiled.MODULES)):
+    """Make a folder that has the files of compiled modules and kernels, none of which can be loaded."""
+    libraries = ("library/abc__mypyc.so", "kernels/winograd-v4.so", "kernels/winograd-v3.so")
+    for name in (*libraries, *(f"layercast/{name.replace('.', '/')}.so" for name in compiled.MODULES)):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"not a library")
@@ -118,6 +152,11 @@ def test_other_sources_have_another_name(tmp_path, monkeypatch):
     (tmp_path / "proto" / "one.pyi").write_text("A: int\n")
     names.add(compiled.made_of())
     assert len(names) == 4
+    (tmp_path / "server" / "kernel.cpp").write_text("int a = 1;\n")
+    names.add(compiled.made_of())
+    (tmp_path / "server" / "kernel.cpp").write_text("int a = 2;\n")
+    names.add(compiled.made_of())
+    assert len(names) == 6
     (tmp_path / "proto" / "notes.txt").write_text("nothing that is compiled")
     assert compiled.made_of() in names
 
@@ -143,6 +182,50 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_one_left_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "MODULES", ("server.text",))
+    monkeypatch.setenv("CC", "false")
+    (tmp_path / ".compiling-abc" / "layercast").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    assert main(["compile", "--output", str(tmp_path)]) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / ".hidden"]
+
+
+def test_another_one_at_work_is_waited_for_and_its_folder_left_alone(tmp_path):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    (tmp_path / ".compiling-abc").mkdir()
+    command = [sys.executable, "-m", "layercast.server", "compile", "--output", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with process:
+        assert process.stderr.readline() == f"waiting for another `layercast compile` in {tmp_path}\n"
+        assert list(tmp_path.iterdir()) == [tmp_path / ".compiling-abc"]
+        pretend(tmp_path / compiled.made_of())
+        (tmp_path / compiled.made_of() / f"mypy-{version('mypy')}").touch()
+        os.close(handle)
+        assert process.stdout.read() == f"already compiled: {tmp_path / compiled.made_of()}\n"
+    assert process.returncode == 0
+
+
+def test_another_mypy_makes_it_again_and_none_keeps_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.transport.timeouts"))
+    root = tmp_path / compiled.made_of()
+    pretend(root)
+    (root / "mypy-2.3.9").touch()
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert "compiled 2 modules" in capsys.readouterr().out
+    made = {"layercast", "library", f"mypy-{version('mypy')}", *([] if kernels.missing() else ["kernels"])}
+    assert {path.name for path in root.iterdir()} == made
+    assert list(tmp_path.iterdir()) == [root]
+    monkeypatch.setattr(compile, "version", no_such_package)
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert "already compiled" in capsys.readouterr().out
+
+
+def no_such_package(name: str) -> str:
+    raise PackageNotFoundError(name)
+
+
 def test_what_was_made_of_other_sources_goes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.transport.timeouts"))
     pretend(tmp_path / ("0" * 24))
@@ -158,3 +241,29 @@ def test_what_was_made_of_other_sources_goes(tmp_path, monkeypatch, capsys):
     assert "compiled 2 modules" in capsys.readouterr().out
     assert main(["compile", "--output", str(tmp_path)]) == 0
     assert "already compiled" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(kernels.missing()), reason=f"no kernels can be compiled here: {kernels.missing()}")
+def test_without_a_cpp_compiler_it_goes_on_and_a_later_one_makes_the_kernels_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.transport.timeouts"))
+    root, without = tmp_path / compiled.made_of(), "layercast compile: without engine winograd: "
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for said in ("compiled 2 modules", "already compiled"):
+        assert main(["compile", "--output", str(tmp_path)]) == 0
+        output = capsys.readouterr()
+        assert output.err.startswith(f"{without}it needs the C++ compiler 'no-such-compiler'")
+        assert said in output.out
+        assert not (root / "kernels").exists()
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.so")}
+    monkeypatch.setenv("CXX", "false")
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == f"{without}the C++ compiler failed: no output\n"
+    monkeypatch.delenv("CXX")
+    (root / "kernels").mkdir()  # half of them, of a removal that was cut off
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr() == (f"compiled the kernels of engine winograd: {root / 'kernels'}\n", "")
+    assert kernels.are_whole(root / "kernels")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert list(tmp_path.iterdir()) == [root]
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr() == (f"already compiled: {root}\n", "")

@@ -161,8 +161,8 @@ def test_a_call_that_was_late_on_a_connection_that_is_lost_before_it_heard_of_it
     port = peer.socket.getsockname()[1]
     (connection,) = (each for each in direct.server.front_end._connections if each.peer.endswith(f":{port}"))
     wait_until(direct, lambda: connection._sending.paused)
-    late = connection._streams[1]
+    late = connection._calls._streams[1]
     wait_until(direct, lambda: late.cause is not None)
-    assert 1 in connection._streams
+    assert 1 in connection._calls._streams
     peer.close()
-    wait_until(direct, lambda: not connection._streams)
+    wait_until(direct, lambda: not connection._calls._streams)

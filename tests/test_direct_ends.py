@@ -24,7 +24,7 @@ from test_direct_shutdown import stopping
 from test_server_inference import wait_until
 
 from layercast.proto.rpc import INFERENCE
-from layercast.server.transport.direct.connection import MAX_STREAMS
+from layercast.server.transport.direct.calls import MAX_STREAMS
 
 NO_WINDOW = {SettingCodes.INITIAL_WINDOW_SIZE: 0}
 CANCEL = struct.pack(">I", ErrorCodes.CANCEL)

@@ -31,7 +31,7 @@ class Hearer:
 def heard(data: bytes, step: int = 1 << 20) -> list[tuple[int, bytes, int, bool]]:
     """Return what a reader says of bodies when `data` comes in pieces of `step` bytes."""
     hearer = Hearer()
-    reader = Reader(hearer, Calm())
+    reader = Reader(hearer, hearer, Calm())
     for at in range(0, len(data), step):
         reader.feed(data[at : at + step])
     return hearer.told

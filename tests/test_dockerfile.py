@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import compiled_kernels
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from layercast.server import compiled
 
 ROOT = Path(__file__).parent.parent
 HADOLINT = Path(sys.executable).with_name("hadolint")
@@ -23,6 +26,12 @@ def stages() -> list[list[Instruction]]:
     instructions = [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
     starts = [index for index, (name, _) in enumerate(instructions) if name == "FROM"]
     return [instructions[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def stage(name: str) -> list[Instruction]:
+    """The instructions of the stage of this name."""
+    (found,) = [stage for stage in stages() if stage[0][1].endswith(f" AS {name}")]
+    return found
 
 
 def last(name: str) -> str:
@@ -59,8 +68,56 @@ def test_it_listens_to_the_outside_and_serves_what_the_build_exported() -> None:
     options = dict(zip(command[2::2], command[3::2], strict=True))
     assert options == {"--host": "0.0.0.0", "--repository": "/models"}
     assert ("COPY", "--from=export /models /models") in stages()[-1]
-    assert any(name == "RUN" and "layercast export --all --output /models" in text for name, text in stages()[1])
+    assert any(name == "RUN" and "layercast export --all --output /models" in text for name, text in stage("export"))
     assert last("EXPOSE").split() == ["8000", "8001", "8002"]
+
+
+def test_the_server_finds_compiled_code_of_its_own_sources_and_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", "/opt/layercast")
+    folder = str(compiled.default_folder())
+    final = stages()[-1]
+    assert final.index(("COPY", "--from=build /opt/layercast /opt/layercast")) < final.index(
+        ("COPY", f"--from=compile {folder} {folder}")
+    )
+    assert stage("build")[0][1].removesuffix(" AS build") == final[0][1]
+    assert stage("compile")[0] == ("FROM", "build AS compile")
+    *_, (name, command), (check, text) = stage("compile")
+    assert (name, command.endswith("&& layercast compile")) == ("RUN", True)
+    assert (check, "are_whole" in text) == ("RUN", True)
+    (installed,) = [text for name, text in stage("compile") if name == "RUN" and "apt-get install" in text]
+    assert {"gcc", "g++", "libc6-dev"} <= set(installed.split())
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_an_image_without_the_kernels_that_can_be_made_is_not_built(tmp_path: Path, made: bool) -> None:
+    *_, (_, text) = stage("compile")
+    _, *arguments = json.loads(text)
+    folder = tmp_path / "share/layercast/compiled"
+    if made:
+        compiled_kernels.make(folder)
+    # The modules are taken to be there: to make them takes a minute.
+    code = (
+        "import sys; sys.prefix = sys.argv[1]; from layercast.server import compiled, kernels; "
+        "compiled.is_whole = lambda root: True; kernels.missing = lambda: ''; " + arguments[-1]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0 if made else 1, "")
+
+
+def test_an_image_without_compiled_code_is_not_built(tmp_path: Path) -> None:
+    final = stages()[-1]
+    (program, *arguments), *_ = (json.loads(text) for name, text in final if name == "RUN" and text.startswith("["))
+    assert program == "python"
+    code = "import sys; sys.prefix = sys.argv[1]; " + arguments[-1]
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_the_compiler_stays_behind() -> None:
+    installing = [text for name, text in stages()[-1] if name == "RUN" and re.search(r"\b(apt|apt-get|pip)\b", text)]
+    assert installing == []
+    assert [text for name, text in stage("build") if "gcc" in text or "g++" in text or "compile" in text] == []
 
 
 def test_nothing_is_installed_or_written_by_the_final_stage_after_it_drops_its_rights() -> None:

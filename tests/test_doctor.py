@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from layercast.server import environment
+from layercast.server import compiled, environment, kernels
 from layercast.server.commands import doctor
 
 
@@ -160,6 +160,21 @@ def test_a_check_that_breaks_leaves_the_rest_of_the_report(monkeypatch: pytest.M
     findings = list(doctor.examine())
     assert ("fail", "RuntimeError: driver fell over") in [(finding.status, finding.detail) for finding in findings]
     assert findings[-1].subject == "compiled"
+
+
+@pytest.mark.parametrize(
+    ("reason", "detail"),
+    [
+        ("", "yes"),
+        ("`layercast compile` makes its kernel", "yes, without engine winograd: `layercast compile` makes its kernel"),
+    ],
+)
+def test_compiled_code_without_kernels_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, detail: str
+) -> None:
+    monkeypatch.setattr(compiled, "find", lambda folder: tmp_path)
+    monkeypatch.setattr(kernels, "why_none", lambda folder, name: reason if folder == tmp_path / "kernels" else "?")
+    assert only(doctor.check_compiled()).detail == detail
 
 
 def test_doctor_is_importable_without_the_server_extra() -> None:

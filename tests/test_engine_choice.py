@@ -15,9 +15,10 @@ from test_server_inference import offline, request, rows_for, values_of
 
 from layercast.models.manifest import Manifest
 from layercast.proto.messages import ModelConfigRequest, ModelMetadataRequest
-from layercast.server import banner, environment, tapping
-from layercast.server.engines import instances, remembered, selection, timing
+from layercast.server import banner, environment, memory, tapping
+from layercast.server.engines import inline, instances, remembered, selection, timing
 from layercast.server.engines.choice import Buckets, Candidate, Choice, ChosenEngine
+from layercast.server.engines.others import Others
 from layercast.server.engines.source import Source
 from layercast.server.inline import NOWHERE, up_to
 from layercast.server.loader import load
@@ -49,12 +50,14 @@ class Timed:
     def __init__(self, *chosen: Candidate) -> None:
         self.chosen = chosen
         self.tried: list[list[Candidate]] = []
-        self.gain, self.part, self.inline = 0.0, 1.0, NOWHERE
+        self.here: list[set[Candidate]] = []
+        self.gain, self.part, self.inline, self.busy = 0.0, 1.0, NOWHERE, False
 
     def __call__(
         self, runs: Any, batch: Any, buckets: Buckets, processors: int, here: Any
     ) -> tuple[Choice, timing.Costs]:
         self.tried.append(list(runs))
+        self.here.append(here)
         row = tuple(self.chosen[min(at, len(self.chosen) - 1)] for at in range(len(buckets.rows)))
         return Choice(buckets, (row,) * len(buckets.lengths)), {(0, 1): {ONE: 1e-4, TWO: float("inf")}}
 
@@ -66,6 +69,7 @@ def timed(monkeypatch) -> Timed:
     monkeypatch.setattr(instances, "gain", lambda *timed: fake.gain)
     monkeypatch.setattr(instances, "part", lambda *timed: fake.part)
     monkeypatch.setattr(selection, "inline_of", lambda *timed: fake.inline)
+    monkeypatch.setattr(Others, "are_busy", lambda others, processors: fake.busy)
     return fake
 
 
@@ -102,6 +106,7 @@ def test_a_choice_is_measured_once_and_kept(artefact, tmp_path, timed):
         json.dumps({"cells": [[TWO] * 7], "instances": 1}).encode(),
         json.dumps({"cells": [[TWO] * 7], "instances": 1, "alone": [[TWO] * 6]}).encode(),
         json.dumps({"cells": [[TWO] * 7], "instances": 1, "alone": [[["onnx", 3]] * 7]}).encode(),
+        json.dumps({"cells": [[TWO] * 7], "instances": 1, "alone": None, "busy_starts": "no"}).encode(),
         b"[" * 100_000,
     ],
 )
@@ -136,6 +141,52 @@ def test_another_artefact_budget_batch_machine_or_library_is_measured_anew(artef
     assert len(timed.tried) == len(list(folder.iterdir())) == 6
     loaded(artefact, folder)
     assert len(timed.tried) == 6
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_again_but_not_for_ever(artefact, tmp_path, timed, caplog):
+    timed.busy = True
+    for starts in (1, 2):
+        assert loaded(artefact, tmp_path).engines == "onnx (2 threads)"
+        assert len(timed.tried) == starts
+    assert "busy with something else" in caplog.text
+    timed.busy, timed.chosen = False, (ONE,)
+    for _ in range(2):
+        assert loaded(artefact, tmp_path).engines == "onnx (1 thread)"
+    assert len(timed.tried) == 3
+    timed.busy = True
+    for tried in (4, 5, 6, 6, 6):
+        loaded(artefact, tmp_path, max_batch=8)
+        assert len(timed.tried) == tried
+
+
+def test_only_what_would_run_on_the_event_loop_is_weighed_as_if_it_did(artefact, timed, monkeypatch):
+    loaded(artefact, None)
+    loaded(artefact, None, threads=4, instances=2)
+    monkeypatch.setattr(inline, "_steady", lambda *program: False)
+    loaded(artefact, None)
+    assert timed.here == [{ONE, TWO}, set(), set()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells")
+def test_memory_that_large_batches_took_while_engines_were_timed_is_given_back(artefact, timed, monkeypatch):
+    rows = np.ones((1_000_000, 10), "f4")
+
+    def large(runs: Any, *others: Any) -> Any:
+        for run in runs.values():
+            run({"x": rows})
+        taken.append(resident())
+        return timed(runs, *others)
+
+    def resident() -> int:
+        memory.trim()
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) >> 10
+
+    taken: list[int] = []
+    monkeypatch.setattr(timing, "fastest", large)
+    model = loaded(artefact, None)
+    assert model.engines == "onnx (2 threads)"
+    assert taken[0] - resident() > 140, "both sessions took 80 MB and more"
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_next_start(artefact, tmp_path, timed, caplog):
@@ -294,7 +345,8 @@ def test_a_batch_runs_on_the_engine_of_its_rows_and_length_and_answers_the_same_
             np.testing.assert_allclose(engine.run({"tokens": tokens})["logits"], wanted, atol=1e-5)
 
 
-def test_a_real_measurement_gives_a_choice_whose_answers_are_right(artefact, tmp_path):
+def test_a_real_measurement_gives_a_choice_whose_answers_are_right(artefact, tmp_path, monkeypatch):
+    monkeypatch.setattr(Others, "are_busy", lambda others, processors: False)
     model = loaded(artefact, tmp_path)
     for rows in (1, 2, 5, 64):
         x = np.resize(tiny.ROWS, (rows, 10))

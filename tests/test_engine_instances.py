@@ -63,6 +63,13 @@ def test_batches_with_too_few_rows_for_all_are_not_tried_and_slow_ones_only_once
     assert Machine(lambda rows: 1, lambda rows: 1).gain(count=32) == 0
 
 
+@pytest.mark.parametrize(("together", "runs"), [(1.1, 12), (2, 4)])
+def test_two_ways_that_take_nearly_as_long_are_timed_more_often(together, runs):
+    machine = Machine(lambda rows: 10_000, lambda rows: 10_000, together)
+    assert machine.gain(buckets=Buckets((4,))) == pytest.approx(1 / together)
+    assert machine.runs[4] == runs
+
+
 def test_what_fails_several_times_at_once_runs_once(caplog):
     def broken(rows: int) -> float:
         raise RuntimeError("not from two threads")
@@ -92,6 +99,12 @@ def test_of_slow_batches_alone_only_the_smallest_of_each_length_runs():
     sizes = [(length, rows, True) for length in (16, 64) for rows in (1, 2, 4)]
     found, ran = shorter(lambda rows: 9_000 * rows, lambda rows: 18_000 * rows, sizes)
     assert (found, ran) == (pytest.approx(0.5), {1, 2})
+
+
+def test_of_a_slow_length_what_runs_on_the_same_engine_alone_does_not_stand_for_the_rest():
+    sizes = [(0, 1, True), (0, 2, False), (0, 4, True)]
+    found, ran = shorter(lambda rows: 15_000 * rows, lambda rows: 30_000 * rows, sizes)
+    assert (found, ran) == (pytest.approx(0.5 ** (2 / 3)), {1})
 
 
 def test_what_fails_alone_has_no_engine_for_it(caplog):
@@ -169,6 +182,16 @@ def test_a_thread_keeps_to_its_processors_and_one_that_it_starts_may_leave_them(
     thread.join()
     assert found == [(places.share(0) or allowed, 1, True), allowed]
     assert os.sched_getaffinity(0) == allowed
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux has affinities")
+def test_a_thread_that_goes_on_elsewhere_may_still_run_on_all_its_processors(monkeypatch):
+    allowed, set_to, real = os.sched_getaffinity(0), [], os.sched_setaffinity
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, own: (set_to.append(set(own)), real(pid, own)))
+    for turn in range(len(allowed) + 1):
+        processors.elsewhere(turn)
+        assert os.sched_getaffinity(0) == allowed
+    assert set_to[::2] == [{at} for at in (*sorted(allowed), min(allowed))]
 
 
 def taken(places, at):

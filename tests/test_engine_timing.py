@@ -10,7 +10,8 @@ import pytest
 
 from layercast.models.manifest import TensorSpec
 from layercast.server.engines.choice import Buckets, Candidate, Choice
-from layercast.server.engines.timing import Instant, fastest
+from layercast.server.engines.race import Instant
+from layercast.server.engines.timing import fastest
 
 ONE, TWO = Candidate("onnx", 1), Candidate("onnx", 2)
 SCRIPT, EAGER = Candidate("torchscript", 2), Candidate("eager", 2)
@@ -127,6 +128,31 @@ def test_the_time_of_slow_batches_is_bounded():
     assert {rows for _, rows, _ in machine.runs} == {1, 2}
     assert machine.wall < 1
     assert machine.runs[EAGER, 1, 0] <= 4
+
+
+def test_time_goes_to_those_that_are_close_and_not_to_those_that_cannot_win():
+    machine = Machine({ONE: linear(400, 0), TWO: linear(380, 0), SCRIPT: linear(700, 0), EAGER: linear(2000, 0)})
+    machine.choose()
+    runs = {candidate: machine.runs[candidate, 8, 0] for candidate in machine.costs}
+    assert runs[EAGER] < 4 < runs[SCRIPT] < 15
+    assert runs[ONE] == runs[TWO] >= 30
+    alone = Machine({ONE: linear(400, 0), EAGER: linear(2000, 0)})
+    alone.choose()
+    assert alone.runs[ONE, 8, 0] == 4, "nothing is left to tell apart"
+
+
+def test_threads_that_wait_for_each_other_in_half_of_the_runs_are_judged_by_the_others():
+    noise = random.Random(2)
+
+    def stumbling(rows: int, length: int) -> tuple[float, float]:
+        # Now and then both are put on one processor, where each spins until the other's turn.
+        wall, cpu = linear(50, 6, threads=2)(rows, length)
+        return (wall + 1500, cpu + 1500) if noise.random() < 0.5 else (wall, cpu)
+
+    quiet = Machine({ONE: linear(20, 7), TWO: linear(50, 6, threads=2)}).choose()
+    assert TWO in quiet.used
+    for _ in range(20):
+        assert Machine({ONE: linear(20, 7), TWO: stumbling}).choose() == quiet
 
 
 def test_lengths_have_choices_of_their_own():

@@ -8,6 +8,8 @@ import grpc
 import pytest
 from starlette.applications import Starlette
 
+from layercast.server.metrics import UNKNOWN, Metrics
+from layercast.server.transport.dispatch import Handlers
 from layercast.server.transport.envoy.adapter import Adapter
 from layercast.server.transport.framing import framed
 
@@ -63,7 +65,8 @@ class Rpcs:
         self.started = asyncio.Event()
         self.ended: list[str] = []
         self.metadata: Any = None
-        self.adapter = Adapter((), LIMIT, Starlette())
+        self.metrics = Metrics()
+        self.adapter = Adapter(Handlers((), self.metrics), LIMIT, Starlette())
         unary = {"Echo": self.echo, "Double": self.double, "Never": self.never}
         handlers = {name: grpc.unary_unary_rpc_method_handler(each) for name, each in unary.items()}
         handlers["Listen"] = grpc.stream_stream_rpc_method_handler(self.listen)
@@ -91,6 +94,13 @@ class Rpcs:
                 self.started.set()
         finally:
             self.ended.append("listen")
+
+    def ended_early(self) -> dict[int, float]:
+        """How many calls of Echo were counted, by status, since they never came to their handler."""
+        counts = {
+            code: self.metrics.rpc_handled.labels("unary", "s", "Echo", code.name).value for code in grpc.StatusCode
+        }
+        return {code.value[0]: many for code, many in counts.items() if many}
 
     async def call(self, caller: Caller, name: str = "Echo", *headers: tuple[bytes, bytes]) -> Caller:
         given = [(b"content-type", b"application/grpc"), (b"te", b"trailers"), *headers]
@@ -128,6 +138,29 @@ async def test_what_is_no_message_gets_a_status(rpcs, pieces, code, text):
     caller = await rpcs.call(Caller(*pieces))
     assert caller.status[0] == code
     assert text in caller.status[1]
+    assert rpcs.ended_early() == {code: 1}
+
+
+async def test_a_caller_who_leaves_before_its_message_is_whole_is_counted(rpcs):
+    caller = Caller(framed(b"abc")[:-1], ends=False)
+    running = asyncio.create_task(rpcs.call(caller))
+    while not caller.waiting:
+        await asyncio.sleep(0)
+    caller.leave()
+    await running
+    assert rpcs.ended_early() == {1: 1}
+
+
+async def test_a_deadline_before_the_message_is_whole_is_counted(rpcs):
+    caller = await rpcs.call(Caller(framed(b"abc")[:-1], ends=False), "Echo", (b"grpc-timeout", b"20m"))
+    assert caller.status == (4, "the deadline passed")
+    assert rpcs.ended_early() == {4: 1}
+
+
+async def test_an_rpc_that_is_not_there_is_counted_as_unknown(rpcs):
+    caller = await rpcs.call(Caller(framed(b"a")), "Other")
+    assert caller.status[0] == 12
+    assert rpcs.metrics.rpc_handled.labels("unary", UNKNOWN, UNKNOWN, "UNIMPLEMENTED").value == 1
 
 
 async def test_a_compressed_message_counts_as_what_comes_out(rpcs):

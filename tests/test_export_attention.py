@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from conftest import card_of
-from test_onnx_layers import CPU, close, program
+from onnx_layers import CPU, close, program
 from torch import nn
 
 from layercast.models import registry

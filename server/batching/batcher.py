@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 
-from layercast.server.batching.admission import RETRY_SECONDS, Admission
+from layercast.server.batching.admission import Admission
 from layercast.server.batching.endings import Endings, too_late
 from layercast.server.batching.forwards import Forwards
 from layercast.server.batching.gather import Batch, gather, ripe_rows
@@ -18,9 +18,10 @@ from layercast.server.batching.pace import Pace
 from layercast.server.batching.patience import Patience
 from layercast.server.batching.policy import Limits, Observer, Phase, Reason, executed, late_from
 from layercast.server.batching.queue import Queue
+from layercast.server.batching.timers import Timers
 from layercast.server.batching.waiting import Waiting, ask, forget
 from layercast.server.errors import DeadlineCancelled, Unavailable
-from layercast.server.work import Answer, Course, Terms, Work
+from layercast.server.work import Answer, Terms, Work
 
 _NOW = Terms()
 _CLOSE_SECONDS = 5.0
@@ -50,6 +51,7 @@ class Batcher:
         self._queue = Queue(ripe_rows(limits))
         self._endings = Endings(observer)
         self._admission = Admission(name, limits, self._queue, self._endings, self._end)
+        self._timers = Timers(name, limits.queue_timeout, self._queue, self._endings, self._end)
         self._pace = Pace(len(runs) if alone else 1)
         tell = self._answer, self._fail, self._look, self._settle
         self._forwards = Forwards(name, runs, prepare, limits, *tell, alone)
@@ -126,7 +128,7 @@ class Batcher:
     def enqueue(self, works: Sequence[Work], terms: Terms) -> Waiting:
         """Queue the works of one request, all or none, to be answered through their askers: see `submit`."""
         self._admit(works, terms)
-        return Waiting(works, terms.course, self._timers(works, terms), self._endings, self._withdraw)
+        return Waiting(works, terms.course, self._timers.of(works, terms), self._endings, self._withdraw)
 
     def run_now(self) -> None:
         """Run what waits, a short forward on the event loop: those who would have shared it have waited before."""
@@ -190,24 +192,6 @@ class Batcher:
             self._settled.clear()
         self._patience.came()
         self._changed()
-
-    def _timers(self, works: Sequence[Work], terms: Terms) -> list[asyncio.TimerHandle]:
-        """Let the queue timeout and the deadline, where there are any, end the works."""
-        own, asked = self._limits.queue_timeout, terms.timeout
-        seconds = own if asked is None else asked if own is None else min(own, asked)
-        timers = []
-        if seconds is not None:
-            left = max(0.0, seconds - terms.waited_ns / 1e9)
-            timers.append(self._loop.call_later(left, self._time_out, works, seconds, terms.course))
-        if terms.deadline is not None:
-            timers.append(self._loop.call_at(terms.deadline, lambda: self._end(works, too_late())))
-        return timers
-
-    def _time_out(self, works: Sequence[Work], seconds: float, course: Course | None) -> None:
-        if any(work in self._queue for work in works):
-            self._endings.rejected("queue_timeout", course)
-            error = f"Request timeout expired: the rows waited {seconds * 1000:g} ms in the queue of {self._name!r}"
-            self._end(works, Unavailable(error, retry_after=RETRY_SECONDS))
 
     def _withdraw(self, works: Sequence[Work]) -> Phase:
         """Take a request's unanswered works out of the queue; tell whether any of them had not begun to run."""

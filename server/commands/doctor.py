@@ -191,18 +191,22 @@ def check_processors() -> Iterator[Finding]:
 
 def check_compiled() -> Iterator[Finding]:
     """Whether `layercast serve` finds compiled code of these sources."""
-    from layercast.server import compiled
+    from layercast.server import compiled, kernels
     from layercast.server.errors import StartError
     from layercast.server.settings import read
 
     try:
-        folder = read({}).compiled
+        found = compiled.find(read({}).compiled)
     except StartError as error:
         yield Finding("warn", "compiled", f"the settings can't be read: {error}")
         return
-    found = compiled.is_whole(folder / compiled.made_of())
-    without = "no, and it runs without: `layercast compile` makes small requests a fifth faster"
-    yield Finding("ok", "compiled", "yes" if found else without)
+    without = "no, and it runs without: with `layercast compile`, up to 1.8 times as many small requests a second"
+    lacking = [
+        f", without engine {name}: {reason}"
+        for name in kernels.SOURCES
+        if found and (reason := kernels.why_none(found / kernels.FOLDER, name))
+    ]
+    yield Finding("ok", "compiled", "yes" + "".join(lacking) if found else without)
 
 
 def check_port(host: str, name: str, port: int) -> Finding:

@@ -33,6 +33,12 @@ def seen(engine: Engine) -> bool:
     return engine.name in _SEEN and engine.device == "cpu"
 
 
+def may_run_inline(engine: Engine, directory: Path, manifest: Manifest) -> bool:
+    """Tell whether `engine` would run any batch on the event loop, were it quick enough. OSError for a program gone."""
+    steady_one = any(name == engine.name and _steady(directory, manifest, name) for name in _SEEN)
+    return steady_one and seen(engine) and bool(lengths_of(manifest.inputs))
+
+
 def lengths_of(inputs: Sequence[TensorSpec]) -> tuple[int, ...]:
     """Return the lengths to measure: (0,) where no size but the rows is a caller's to choose.
 

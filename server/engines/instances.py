@@ -10,7 +10,8 @@ from typing import Final
 from layercast.server import processors
 from layercast.server.engines.base import Inputs
 from layercast.server.engines.choice import Buckets
-from layercast.server.engines.timing import SLOW, Batch, Run
+from layercast.server.engines.race import Run
+from layercast.server.engines.timing import SLOW, Batch
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,11 @@ SHORTER: Final = 0.75
 _ROUNDS: Final = 12
 _LEAST_ROUNDS: Final = 4
 _ENOUGH: Final = 0.06
-"""Seconds for the runs of one size, after which only the least rounds are made."""
+"""Seconds for the runs of one size, after which only the least rounds are made,"""
+_ENOUGH_CLOSE: Final = 0.3
+"""or as long as this where both ways take nearly as long,"""
+_CLOSE: Final = 1.2
+"""which is up to so many times."""
 
 _ROWS_EACH: Final = 2
 """Smaller batches are rare where a model has so much to do that it matters."""
@@ -98,10 +103,10 @@ def part(
     first. Of a length, what follows a slow one is taken for like it.
     """
     logarithms: list[float] = []
-    slow: set[int] = set()
+    slow: dict[int, float] = {}
     for length, rows, differs in sizes:
         if not differs or length in slow:
-            logarithms.append(logarithms[-1] if differs else 0.0)
+            logarithms.append(slow[length] if differs else 0.0)
             continue
         try:
             inputs = batch(rows, length)
@@ -111,19 +116,22 @@ def part(
             return 1.0
         logarithms.append(math.log(shorter / longer))
         if longer > SLOW:
-            slow.add(length)
+            slow[length] = logarithms[-1]
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else 1.0
 
 
 def _least(
     first: Callable[[], object], second: Callable[[], object], clock: Callable[[], float]
 ) -> tuple[float, float]:
-    """Return the shortest duration of both, which take turns."""
+    """Return the shortest duration of both, which take turns, on one processor after the other (see `race`)."""
     shortest = [math.inf, math.inf]
     began = clock()
     for at in range(_ROUNDS):
-        if at >= _LEAST_ROUNDS and clock() - began > _ENOUGH:
-            break
+        if at >= _LEAST_ROUNDS:
+            close = max(shortest) <= _CLOSE * min(shortest)
+            if clock() - began > (_ENOUGH_CLOSE if close else _ENOUGH):
+                break
+        processors.elsewhere(at)
         for which, run in enumerate((first, second)):
             start = clock()
             run()

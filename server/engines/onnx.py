@@ -57,6 +57,14 @@ class OnnxEngine:
             return self._place.run(inputs, self._bound)
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
 
+    def shrink(self, inputs: Inputs) -> None:
+        """Run the batch `inputs`, and give back the memory that larger ones took and that is kept for the next."""
+        if self._place:
+            return
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._session.run(self._outputs, dict(inputs), options)
+
     def _bound(self, tensors: Tensors) -> dict[str, Tensor]:
         """Run on tensors that are where the session computes; what it gives is there too, where its size is known."""
         binding = self._session.io_binding()

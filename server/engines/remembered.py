@@ -23,7 +23,9 @@ from layercast.server.settings import MOST_INSTANCES, ModelSettings
 
 logger = logging.getLogger(__name__)
 
-_FORMAT: Final = 7
+_FORMAT: Final = 8
+_BUSY_STARTS: Final = 3
+"""Starts in a row, on a machine that is busy with something else, after which what was measured last is kept."""
 _MOST: Final = 512
 """Files that are kept; the oldest go."""
 
@@ -46,16 +48,18 @@ class Remembered:
         self._candidates = candidates
         self._settings = settings
         self._buckets = buckets
+        self._busy_starts = 0
         self._path = folder / f"{manifest.name}-{self._key(manifest, device)}.json" if folder else None
 
     def read(self) -> Choice | None:
-        """Return the choice that was kept; None when there is none, or none that can be read."""
+        """Return the choice that was kept; None when there is none, none that can be read, or one to measure again."""
         if self._path is None:
             return None
         try:
             content = json.loads(self._path.read_bytes())
             cells, instances = self._cells(content["cells"]), content["instances"]
             alone = self._cells(content["alone"]) if content["alone"] else None
+            busy_starts = int(content["busy_starts"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -66,10 +70,18 @@ class Remembered:
         if not right or type(instances) is not int or not 1 <= instances <= MOST_INSTANCES:
             logger.warning("the engines chosen before are not those of this model and are timed again")
             return None
+        if 0 < busy_starts < _BUSY_STARTS:
+            logger.info("the engines chosen before were timed on a busy machine and are timed again")
+            self._busy_starts = busy_starts
+            return None
         return Choice(self._buckets, cells, instances, Choice(self._buckets, alone) if alone else None)
 
-    def write(self, choice: Choice, costs: Costs) -> None:
-        """Keep `choice`, with what it rests on for whoever reads the file. That it can't be kept is only logged."""
+    def write(self, choice: Choice, costs: Costs, busy: bool) -> None:
+        """Keep `choice`, with what it rests on for whoever reads the file. That it can't be kept is only logged.
+
+        What was measured on a machine that was `busy` is measured again at the next starts, until it is not, or a few
+        times.
+        """
         if self._path is None:
             return
         measured = [
@@ -79,6 +91,7 @@ class Remembered:
         content = {
             "chosen": str(choice),
             "instances": choice.instances,
+            "busy_starts": self._busy_starts + 1 if busy else 0,
             "cells": choice.cells,
             "alone": choice.alone.cells if choice.alone else None,
             "measured": measured,

@@ -10,21 +10,29 @@ import torch
 
 from layercast.models.artefact import assert_eval, load_module
 from layercast.models.foreign.trust import Trust
-from layercast.models.manifest import Manifest
+from layercast.models.manifest import Manifest, Program
 from layercast.server.engines import programs
 from layercast.server.engines.base import Engine, EngineError
 from layercast.server.engines.choice import Candidate
 from layercast.server.engines.confined import Confined
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.onnx import OnnxEngine
+from layercast.server.engines.winograd import library
+from layercast.server.engines.winograd.engine import WinogradEngine
 from layercast.server.settings import EngineName, ModelSettings, Precision
 
 logger = logging.getLogger(__name__)
 
 # torch.export programs load slowly and run as eager does here; they are used when asked for.
 _TRIED: Final[tuple[EngineName, ...]] = ("onnx", "torchscript")
-_POOLED: Final[tuple[EngineName, ...]] = ("onnx", "onnx-int8")
-"""Engines with threads of their own. Torch's take those of the thread that runs them."""
+_OWN: Final[tuple[EngineName, ...]] = ("onnx", "onnx-int8", "winograd")
+"""Engines that see to their threads themselves. Torch's take those of the thread that runs them."""
+
+_RARE: Final[tuple[EngineName, ...]] = ("winograd",)
+"""Engines that few models fit: that one does not is no news."""
+
+_PROGRAMS: Final[dict[EngineName, Program]] = {"winograd": "onnx"}
+"""The program that an engine reads, where its name is another."""
 
 _CODE: Final[tuple[EngineName, ...]] = ("torchscript", "exported")
 """Programs that are code: of artefacts that are not trusted they run only when asked for by name."""
@@ -63,13 +71,16 @@ class Source:
             raise EngineError(f"engine eager is asked for, but {self.untrusted}")
         if settings.precision == "bf16" and self.untrusted:
             raise EngineError(f"precision bf16 needs engine eager, but {self.untrusted}")
-        if asked not in ("auto", "eager", *self.manifest.programs):
-            raise EngineError(f"engine {asked} is asked for, but the artefact has no such program")
+        if _PROGRAMS.get(asked, asked) not in ("auto", "eager", *self.manifest.programs):
+            which = f"program {_PROGRAMS[asked]}" if asked in _PROGRAMS else "such program"
+            raise EngineError(f"engine {asked} is asked for, but the artefact has no {which}")
+        if asked == "winograd" and (reason := self._without_winograd()):
+            raise EngineError(f"engine winograd is asked for, but {reason}")
         names = [asked] if asked != "auto" else self._of_auto(settings)
-        return [Candidate(name, threads) for name in names for threads in self._threads()]
+        return [Candidate(name, threads) for name in names for threads in self._threads(name)]
 
     def engines(self, candidates: Iterable[Candidate], eager: EagerEngine | None) -> dict[Candidate, Engine]:
-        """Load the engines of `candidates`; one that can't be had here is left out with a warning.
+        """Load the engines of `candidates`; one that can't be had here is left out with a line in the log.
 
         EngineError when that is so of all.
         """
@@ -78,7 +89,7 @@ class Source:
         failed: EngineError | None = None
         for candidate in candidates:
             try:
-                if candidate.engine in _POOLED:
+                if candidate.engine in _OWN:
                     engines[candidate] = self._program(candidate)
                     continue
                 if candidate.engine not in in_torch:
@@ -86,7 +97,8 @@ class Source:
                     in_torch[candidate.engine] = given or self._program(candidate)
                 engines[candidate] = self.confined(in_torch[candidate.engine], candidate)
             except EngineError as error:
-                logger.warning("%s: engine %s left out: %s", self.manifest.name, candidate, error)
+                level = logging.DEBUG if candidate.engine in _RARE else logging.WARNING
+                logger.log(level, "%s: engine %s left out: %s", self.manifest.name, candidate, error)
                 failed = error
         if failed and not engines:
             raise failed
@@ -103,6 +115,8 @@ class Source:
         names: list[EngineName] = [
             name for name in _TRIED if name in self.manifest.programs and not (self.untrusted and name in _CODE)
         ]
+        if "onnx" in names and not self._without_winograd():
+            names.insert(names.index("onnx") + 1, "winograd")
         if settings.allow_int8 and "onnx-int8" in self.manifest.programs and self.device.type == "cpu":
             names.append("onnx-int8")
         if not self.untrusted:
@@ -113,8 +127,16 @@ class Source:
             raise EngineError(f"no program of it can run without its module, and {self.untrusted}{also}")
         return names
 
-    def _threads(self) -> list[int]:
+    def _without_winograd(self) -> str:
+        """Return why engine winograd can't run here, whatever the model; "" where it can."""
+        if self.device.type != "cpu":
+            return 'it runs on the CPU; set device = "cpu" for this model'
+        return library.available()
+
+    def _threads(self, name: EngineName) -> list[int]:
         """Return how many threads are worth trying: waking another costs what a small batch does."""
+        if name == "winograd":
+            return [1]
         return [1, self.threads] if self.threads > 1 and self.device.type == "cpu" else [self.threads]
 
     def _program(self, candidate: Candidate) -> Engine:
@@ -122,5 +144,7 @@ class Source:
             return programs.torchscript(self.directory, self.manifest, self.device)
         if candidate.engine == "exported":
             return programs.exported(self.directory, self.manifest, self.device)
+        if candidate.engine == "winograd":
+            return WinogradEngine(self.directory, self.manifest)
         name: Literal["onnx", "onnx-int8"] = "onnx-int8" if candidate.engine == "onnx-int8" else "onnx"
         return OnnxEngine(self.directory, self.manifest, self.device, candidate.threads, name)

@@ -6,26 +6,22 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Final, NamedTuple
+from functools import partial
+from typing import Final
 
-from layercast.server.engines.base import Inputs, Outputs
+from layercast.server.engines.base import Inputs
 from layercast.server.engines.choice import Buckets, Candidate, Choice
+from layercast.server.engines.race import Instant, Race, Readings, Run, least, now
 from layercast.server.inline import limit
 
 logger = logging.getLogger(__name__)
 
-_ROUNDS: Final = 20
-_LEAST_ROUNDS: Final = 4
-"""TorchScript compiles in its second run of a shape; the smallest of four is that of a warm one."""
-
-_ENOUGH: Final = 0.03
-"""Seconds for the runs of one bucket, after which only the least rounds are made."""
-
 SLOW: Final = 0.02
 """Seconds of a batch from which on more rows change nothing: larger ones are computed as this one."""
 
-_WARM: Final = 3
-_HOPELESS: Final = 5.0
+_FLUKES: Final = 8
+"""One reading in so many is left out as shorter than what can be had again."""
+
 _CROWDED: Final = 1.2
 _LONG: Final = 0.001
 _SHARED: Final = 1.15
@@ -41,24 +37,11 @@ _EXTRA: Final = 0.2
 _EXTRA_THREADS: Final = 0.1
 """The same for one that is the main one with other threads."""
 
-Run = Callable[[Inputs], Outputs]
 Batch = Callable[[int, int], Inputs]
 """Gives the inputs of a batch by its rows and its length."""
 
 Costs = dict[tuple[int, int], dict[Candidate, float]]
 """Seconds by (length, rows) and candidate; what could not be timed is left out, what failed is infinite."""
-
-
-class Instant(NamedTuple):
-    """A reading of the wall clock and of the processors' time that this process took, in seconds."""
-
-    wall: float
-    cpu: float
-
-
-def now() -> Instant:
-    """Read both clocks."""
-    return Instant(time.perf_counter(), time.process_time())
 
 
 def durations(run: Run, inputs: Inputs, runs: int) -> list[float]:
@@ -86,66 +69,41 @@ def fastest(
     loop would have had: two threads that halve a duration are worth it, two that save a fourth of it are not. Where
     those `here` are so quick that it runs on the event loop, its duration counts for more.
     """
-    costs: Costs = {}
+    races: dict[tuple[int, int], Race] = {}
     for length in buckets.lengths:
         for rows in buckets.rows:
-            measured = _measure(runs, batch, rows, length, clock)
-            if measured is None:
+            weigh = partial(_weighed, rows=rows, processors=processors, here=here)
+            race = Race(runs, partial(batch, rows, length), weigh, clock)
+            try:
+                race.run()
+            except ValueError as error:
+                logger.warning("no batch of %d rows, %d long, to time engines with: %s", rows, length, error)
                 break
-            readings, failed = measured
-            quickest = min((_least(taken) for one, taken in readings.items() if one in here), default=math.inf)
-            others = _OTHERS_MEANWHILE if quickest <= limit(rows) else _OTHERS
-            costs[length, rows] = _costs(readings, others / processors) | dict.fromkeys(failed, math.inf)
-            if min(map(_least, readings.values())) > SLOW:
+            if not race.readings:
                 break
+            races[length, rows] = race
+            if min(map(least, race.readings.values())) > SLOW:
+                break
+    for race in races.values():  # a machine may have a bad time that is longer than a bucket's
+        race.run()
+    costs = {cell: race.costs | dict.fromkeys(race.failed, math.inf) for cell, race in races.items()}
     return choose(list(runs), buckets, costs), costs
 
 
-def _measure(
-    runs: Mapping[Candidate, Run], batch: Batch, rows: int, length: int, clock: Callable[[], Instant]
-) -> tuple[dict[Candidate, list[Instant]], list[Candidate]] | None:
-    """Return what runs of a batch took on each candidate, and those that it fails on; None when it runs on none.
-
-    Candidates take turns, so that what disturbs the machine for a moment disturbs all.
-    """
-    try:
-        inputs = batch(rows, length)
-    except ValueError as error:
-        logger.warning("no batch of %d rows, %d long, to time engines with: %s", rows, length, error)
-        return None
-    readings: dict[Candidate, list[Instant]] = {candidate: [] for candidate in runs}
-    failed: list[Candidate] = []
-    began = clock().wall
-    for at in range(_ROUNDS):
-        if at >= _LEAST_ROUNDS and clock().wall - began > _ENOUGH:
-            break
-        for candidate in _hopeful(readings, at):
-            try:
-                readings[candidate].append(_once(runs[candidate], inputs, clock))
-            except Exception as error:  # of a program that takes only some sizes, say
-                logger.warning("%s fails at %d rows: %s: %s", candidate, rows, type(error).__name__, error)
-                failed.append(candidate)
-                del readings[candidate]
-    return (readings, failed) if readings else None
+def _weighed(readings: Readings, rows: int, processors: int, here: Collection[Candidate]) -> dict[Candidate, float]:
+    quickest = min((least(taken) for one, taken in readings.items() if one in here), default=math.inf)
+    return _costs(readings, (_OTHERS_MEANWHILE if quickest <= limit(rows) else _OTHERS) / processors)
 
 
-def _hopeful(readings: Mapping[Candidate, list[Instant]], at: int) -> list[Candidate]:
-    """Return the candidates that may still win: first all, then those that don't take many times as long."""
-    if at < _WARM:
-        return list(readings)
-    limit = _HOPELESS * min(map(_least, readings.values()))
-    return [candidate for candidate, taken in readings.items() if _least(taken) <= limit]
-
-
-def _costs(readings: Mapping[Candidate, list[Instant]], others: float) -> dict[Candidate, float]:
+def _costs(readings: Readings, others: float) -> dict[Candidate, float]:
     """Return what each candidate costs, in seconds; a second of processors' time costs `others`.
 
-    The least duration counts, since whatever else runs only ever adds. On a machine that is busy, which shows where
+    The least durations count, since whatever else runs only ever adds. On a machine that is busy, which shows where
     one thread takes longer than its processor's time, no run that is long is left alone, and several threads find no
     free processors; there the processors' time, evenly spread, is taken for the duration. Threads that wait for each
     other in vain spin meanwhile, which is no work: what one alone works tells how much that is at most.
     """
-    typical = {candidate: statistics.median(one.cpu for one in taken) for candidate, taken in readings.items()}
+    typical = {candidate: _low(one.cpu for one in taken) for candidate, taken in readings.items()}
     alone = [one.wall / one.cpu for c, taken in readings.items() if c.threads == 1 for one in taken if one.cpu > 0]
     several = any(candidate.threads > 1 for candidate in readings)
     busy = several and bool(alone) and statistics.median(alone) > _CROWDED and min(typical.values()) > _LONG
@@ -154,20 +112,14 @@ def _costs(readings: Mapping[Candidate, list[Instant]], others: float) -> dict[C
             one = typical.get(candidate._replace(threads=1), math.inf)
             typical[candidate] = min(cpu, _SHARED * one)
     return {
-        candidate: (cpu / candidate.threads if busy else _least(readings[candidate])) + others * cpu
+        candidate: (cpu / candidate.threads if busy else _low(one.wall for one in readings[candidate])) + others * cpu
         for candidate, cpu in typical.items()
     }
 
 
-def _least(readings: list[Instant]) -> float:
-    return min(one.wall for one in readings)
-
-
-def _once(run: Run, inputs: Inputs, clock: Callable[[], Instant]) -> Instant:
-    start = clock()
-    run(inputs)
-    end = clock()
-    return Instant(end.wall - start.wall, end.cpu - start.cpu)
+def _low(seconds: Iterable[float]) -> float:
+    found = sorted(seconds)
+    return found[len(found) // _FLUKES]
 
 
 def choose(candidates: list[Candidate], buckets: Buckets, costs: Costs) -> Choice:

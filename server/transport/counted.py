@@ -11,6 +11,13 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Kind = Literal["unary", "server_stream", "bidi_stream"]
 
 
+def kind_of(handler: Any) -> Kind:
+    """Return how many messages go each way; no RPC of ours takes several and answers with one."""
+    if handler.request_streaming:
+        return "bidi_stream"
+    return "server_stream" if handler.response_streaming else "unary"
+
+
 class Counted:
     """Counts the calls of one RPC."""
 
@@ -38,6 +45,12 @@ class Counted:
     def left(self, late: bool, start: float) -> None:
         """Count a call whose caller has gone, or else (`late`) whose deadline was over."""
         self.ended(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED, start)
+
+    def cut_short(self, code: grpc.StatusCode, seconds: float) -> None:
+        """Count a call that ended before its message had come, after so long."""
+        self._started.inc()
+        self._handled[code].inc()
+        self._duration.observe(seconds)
 
     def ended(self, code: grpc.StatusCode, start: float) -> None:
         """Count the end of a call that began at `start`."""

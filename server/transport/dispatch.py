@@ -1,6 +1,7 @@
 """From a call to the handler that answers it, and from its end to a status, where no gRPC library does it."""
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -8,8 +9,10 @@ from typing import Any, Final, NamedTuple
 import grpc
 
 from layercast.server.errors import InvalidArgument, Unavailable, Unimplemented
+from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.text import fit
 from layercast.server.transport.calls import Handler
+from layercast.server.transport.counted import Counted, kind_of
 from layercast.server.transport.rpc_call import Cause, RpcCall
 from layercast.server.transport.status import reply
 
@@ -26,12 +29,14 @@ class _Details(NamedTuple):
 class Handlers:
     """Registered handlers, as a `grpc.aio.Server` holds them, behind its interceptors."""
 
-    def __init__(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> None:
+    def __init__(self, interceptors: Sequence[grpc.aio.ServerInterceptor], metrics: Metrics) -> None:
         self.guarded = bool(interceptors)
         self.stopping = False
         self._interceptors = interceptors
         self._generic: list[grpc.GenericRpcHandler] = []
         self._known: dict[str, Handler] = {}
+        self._metrics = metrics
+        self._counted: dict[str, Counted] = {}
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Answer RPCs with `handlers`; of several that take one, the first is asked."""
@@ -48,17 +53,41 @@ class Handlers:
             call.start_clock(since)
             handler = await self._handler(call, path)
             call.encode = handler.response_serializer
-            await _handle(handler, call)
+            message = _messages(call) if handler.request_streaming else await _message(call)
+            call.is_counted = True  # by the handler
+            await _handle(handler, message, call)
         except grpc.aio.AbortError:
             pass
         except asyncio.CancelledError:
+            self.cut_short(call, path, since)
             task = asyncio.current_task()
             if call.cause in (None, Cause.GONE) or task is None:
                 raise
             task.uncancel()
             call.cut(call.cause)
         except Exception as error:
-            call.fail(reply(error, path))
+            failed = reply(error, path)
+            self.cut_short(call, path, since, failed.code)
+            call.fail(failed)
+
+    def cut_short(self, call: RpcCall, path: str, since: float, code: grpc.StatusCode | None = None) -> None:
+        """Count a call that came at `since` and ended, with `code` or by a cancel, unless its handler has it by now."""
+        if call.is_counted:
+            return
+        call.is_counted = True
+        seconds = asyncio.get_running_loop().time() - since
+        self._counts_of(path).cut_short(code or call.code_of_cancel(since), seconds)
+
+    def _counts_of(self, path: str) -> Counted:
+        if path not in self._known:
+            with contextlib.suppress(Unimplemented):
+                self._look_up(_Details(path, ()))
+        handler = self._known.get(path)
+        key = path if handler else UNKNOWN
+        if key not in self._counted:
+            _, service, name = path.split("/") if handler else (0, UNKNOWN, UNKNOWN)
+            self._counted[key] = Counted(service, name, self._metrics, kind_of(handler) if handler else "unary")
+        return self._counted[key]
 
     async def _handler(self, call: RpcCall, path: str) -> Any:
         if not self._interceptors:
@@ -80,19 +109,23 @@ class Handlers:
         raise Unimplemented(f"this server has no RPC {fit(details.method, 128)}")
 
 
-async def _handle(handler: Any, call: RpcCall) -> None:
+async def _handle(handler: Any, message: Any, call: RpcCall) -> None:
     if handler.request_streaming:
-        await handler.stream_stream(_messages(call), call)
-        return
+        await handler.stream_stream(message, call)
+    elif handler.response_streaming:
+        await handler.unary_stream(message, call)
+    else:
+        call.answer(await handler.unary_unary(message, call))
+
+
+async def _message(call: RpcCall) -> Any:
+    """Return the bytes of the only message."""
     raw = await call.read()
     if raw is grpc.aio.EOF:
         raise InvalidArgument("the call ended before its message")
     if await call.read() is not grpc.aio.EOF:
         raise InvalidArgument("the call has more than one message")
-    if handler.response_streaming:
-        await handler.unary_stream(raw, call)
-    else:
-        call.answer(await handler.unary_unary(raw, call))
+    return raw
 
 
 async def _messages(call: RpcCall) -> AsyncIterator[Any]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Final, NoReturn
 
 import grpc
 
+from layercast.server.batching.policy import late_from
 from layercast.server.errors import InvalidArgument, Unimplemented
 from layercast.server.transport.framing import Frames, Pairs, framed, too_large
 from layercast.server.transport.inflate import WINDOW_BITS, Broken, TooLarge, inflate
@@ -52,13 +53,13 @@ class RpcCall:
 
     It has what our handlers use of `grpc.aio.ServicerContext`. `together` tells whether whatever came while the event
     loop was busy is there at once. `encode` makes bytes of what the handler sends, if it doesn't itself; `outgoing` is
-    what was written and is still to be sent; `cause` is set once the call is cancelled; `status` is what it ends with:
-    code, text, trailers.
+    what was written and is still to be sent; `cause` is set once the call is cancelled; `is_counted` is, once somebody
+    sees to it that its end is counted; `status` is what it ends with: code, text, trailers.
     """
 
     __slots__ = (
         "_body_ended", "_code", "_frames", "_headers", "_limit", "_loop", "_pairs", "_room", "_task", "_waiter",
-        "_whole", "cause", "deadline", "encode", "outgoing", "status",
+        "_whole", "cause", "deadline", "encode", "is_counted", "outgoing", "status",
     )  # fmt: skip
 
     together: ClassVar[bool] = False
@@ -74,6 +75,7 @@ class RpcCall:
         self._body_ended = False
         self._whole: bytes | None = None
         self._code: grpc.StatusCode | None = None
+        self.is_counted = False
         self.outgoing = bytearray()
         self.status: tuple[int, str, Pairs] = (0, "", ())
         self.encode: Callable[[Any], bytes] | None = None
@@ -153,6 +155,14 @@ class RpcCall:
     def cut(self, cause: Cause) -> None:
         """Let the call end with the status of `cause`; KeyError for one whose caller is not there to be told."""
         self.status = (_STATUS[cause].value[0], cause.value, ())
+
+    def code_of_cancel(self, since: float) -> grpc.StatusCode:
+        """Return what a call that came at `since` and was cancelled is counted under."""
+        if self.cause is not None and self.cause in _STATUS:
+            return _STATUS[self.cause]
+        # A caller whose deadline is over resets the call, often before the deadline is over here.
+        late = self._loop.time() >= late_from(self.deadline, since)
+        return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
 
     def make_room(self) -> None:
         """Some of what was written has been sent: let the writer go on if little is left."""

@@ -14,7 +14,7 @@ from layercast.server.errors import Unimplemented
 from layercast.server.metrics import UNKNOWN, Metrics
 from layercast.server.text import fit
 from layercast.server.transport.calls import Handler, parsed
-from layercast.server.transport.counted import Context, Counted, Kind
+from layercast.server.transport.counted import Context, Counted, kind_of
 from layercast.server.transport.ending import run_counted
 from layercast.server.transport.health import Health
 
@@ -86,9 +86,7 @@ def _add(server: HandlerTaker, metrics: Metrics, service: str, add: Callable[...
 
 def _guarded(service: str, name: str, handler: Any, metrics: Metrics) -> Handler:
     """Parse in our own code, and count: what grpc itself can't parse ends as INTERNAL, seen by nobody."""
-    kinds: dict[tuple[bool, bool], Kind] = {(False, True): "server_stream", (True, True): "bidi_stream"}
-    kind = kinds.get((handler.request_streaming, handler.response_streaming), "unary")
-    counted = Counted(service, name, metrics, kind)
+    counted = Counted(service, name, metrics, kind_of(handler))
     message: Any = handler.request_deserializer.__self__  # the class whose FromString it is
     encode = handler.response_serializer
 

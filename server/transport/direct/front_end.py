@@ -33,7 +33,7 @@ class DirectFrontEnd(FrontEnd):
         security: Security,
     ) -> None:
         """`services` holds, by the service's name, the objects that answer its RPCs, each some of them."""
-        self.handlers = Handlers(security.interceptors(metrics))
+        self.handlers = Handlers(security.interceptors(metrics), metrics)
         self.limit = max_message_bytes
         self._tls = security.certificates.http2 if security.certificates else None
         self._socket: socket.socket | None = None

@@ -35,6 +35,7 @@ NO_TABLE: Final = b"\x20"
 
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
 _VALUE: Final = re.compile(rb"[^\x00\r\n]*")
+_LENGTH: Final = re.compile(rb"[0-9]{1,18}")
 _REQUIRED: Final = frozenset((b":method", b":scheme", b":path"))
 _PSEUDO: Final = _REQUIRED | {b":authority"}
 # They speak of a connection, which is HTTP/2's own business.
@@ -71,10 +72,11 @@ class Head:
 
     `pairs` are those without a colon, `headers` the last of each name. `malformed` says that HTTP/2 forbids them as the
     beginning of a request, `is_trailers` that it allows them at its end; `refusal` is the header block that answers a
-    request which is no call of gRPC, or one with too many headers.
+    request which is no call of gRPC, or one with too many headers. `length` is what the body is to have, -1 if that is
+    not said.
     """
 
-    __slots__ = ("headers", "is_trailers", "malformed", "pairs", "path", "refusal")
+    __slots__ = ("headers", "is_trailers", "length", "malformed", "pairs", "path", "refusal")
 
     def __init__(self, fields: list[tuple[bytes, bytes]]) -> None:
         pseudo = [pair for pair in fields if pair[0][:1] == b":"]
@@ -84,7 +86,10 @@ class Head:
         plain = self._is_plain()
         self.is_trailers = plain and not pseudo
         in_order = fields[: len(pseudo)] == pseudo and len(asked) == len(pseudo)
-        self.malformed = not (plain and in_order and _is_request(asked))
+        lengths = {value for name, value in self.pairs if name == b"content-length"}
+        one_length = len(lengths) <= 1 and all(map(_LENGTH.fullmatch, lengths))
+        self.length = int(lengths.pop()) if lengths and one_length else -1
+        self.malformed = not (plain and one_length and in_order and _is_request(asked))
         self.path = asked.get(b":path", b"").decode("latin-1")
         self.refusal = self._refusal(asked, sum(len(name) + len(value) + _EACH for name, value in fields))
 

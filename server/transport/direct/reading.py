@@ -22,22 +22,13 @@ class NotHttp2(Exception):
 
 
 class Hearer(Protocol):
-    """What is told of what came. Its methods raise ConnectionFault for what may not come."""
+    """What is told of what came on the connection itself. It raises ConnectionFault for what may not come."""
 
     deaf: bool
     """Whether it hears nothing any more."""
 
     def on_greeting(self) -> None:
         """The peer speaks HTTP/2."""
-
-    def on_data(self, number: int, payload: bytes, size: int, ended: bool) -> None:
-        """A part of a body, which had `size` bytes with its padding."""
-
-    def on_headers(self, number: int, head: Head, ended: bool) -> None:
-        """Headers, or trailers, of a stream."""
-
-    def on_reset(self, number: int) -> None:
-        """The peer wants no more of a stream."""
 
     def on_settings(self, values: list[tuple[int, int]]) -> None:
         """What the peer wants from now on."""
@@ -48,6 +39,19 @@ class Hearer(Protocol):
     def on_goaway(self) -> None:
         """The peer begins no more streams."""
 
+
+class StreamHearer(Protocol):
+    """What is told of what came on streams, and how much of them the peer takes. It raises ConnectionFault too."""
+
+    def on_data(self, number: int, payload: bytes, size: int, ended: bool) -> None:
+        """A part of a body, which had `size` bytes with its padding."""
+
+    def on_headers(self, number: int, head: Head, ended: bool) -> None:
+        """Headers, or trailers, of a stream."""
+
+    def on_reset(self, number: int) -> None:
+        """The peer wants no more of a stream."""
+
     def on_window(self, number: int, more: int) -> None:
         """The peer takes more, of a stream or, with number 0, of all."""
 
@@ -55,9 +59,10 @@ class Hearer(Protocol):
 class Reader:
     """The frames of one connection. `feed` it with what comes."""
 
-    def __init__(self, hearer: Hearer, calm: Calm) -> None:
+    def __init__(self, hearer: Hearer, streams: StreamHearer, calm: Calm) -> None:
         self.greeted = False
         self._hearer = hearer
+        self._streams = streams
         self._calm = calm
         self._heads = Heads(calm)
         self._rest = b""
@@ -93,7 +98,7 @@ class Reader:
 
     def _frames(self, data: bytes, at: int) -> int:
         """Take the whole frames of `data` from `at` on; return where the first incomplete one begins."""
-        end, hearer = len(data), self._hearer
+        end, hearer, streams = len(data), self._hearer, self._streams
         while end - at >= frames.HEAD and not hearer.deaf:
             high, low, kind, flags, number = frames.unpack_head(data, at)
             size, start = high << 8 | low, at + frames.HEAD
@@ -117,7 +122,7 @@ class Reader:
                     if more:
                         size += sum(map(len, more))
                         payload = b"".join((payload, *more))
-                hearer.on_data(number, payload, size, ended)
+                streams.on_data(number, payload, size, ended)
             elif take := self._kinds.get(kind):
                 if size != _SIZES.get(kind, size):
                     raise ConnectionFault(Code.FRAME_SIZE_ERROR, f"a frame of type {kind} with {size} bytes")
@@ -133,7 +138,7 @@ class Reader:
                 raise ConnectionFault(Code.FRAME_SIZE_ERROR, "HEADERS too short for its priority")
             payload = payload[_SIZES[frames.PRIORITY] :]
         if flags & frames.END_HEADERS:
-            self._hearer.on_headers(number, self._heads.read(payload), bool(flags & frames.END_STREAM))
+            self._streams.on_headers(number, self._heads.read(payload), bool(flags & frames.END_STREAM))
         else:
             self._block = (number, flags, bytearray(payload))
 
@@ -148,7 +153,7 @@ class Reader:
             raise ConnectionFault(Code.ENHANCE_YOUR_CALM, f"headers of more than {_MOST_HEADERS:,} bytes")
         if flags & frames.END_HEADERS:
             self._block = None
-            self._hearer.on_headers(number, self._heads.read(bytes(block)), bool(first & frames.END_STREAM))
+            self._streams.on_headers(number, self._heads.read(bytes(block)), bool(first & frames.END_STREAM))
 
     def _priority(self, number: int, *_: object) -> None:
         self._calm.spend()
@@ -157,7 +162,7 @@ class Reader:
 
     def _reset(self, number: int, *_: object) -> None:
         self._calm.spend()
-        self._hearer.on_reset(number)
+        self._streams.on_reset(number)
 
     def _settings(self, number: int, flags: int, payload: bytes) -> None:
         self._calm.spend()
@@ -192,7 +197,7 @@ class Reader:
 
     def _window(self, number: int, _: int, payload: bytes) -> None:
         self._calm.spend()
-        self._hearer.on_window(number, int.from_bytes(payload, "big") & frames.MAX_WINDOW)
+        self._streams.on_window(number, int.from_bytes(payload, "big") & frames.MAX_WINDOW)
 
 
 def _following(data: bytes, at: int, number: int) -> tuple[int, list[memoryview], bool]:

@@ -15,7 +15,7 @@ from layercast.server.transport.short_call import Begun
 from layercast.server.transport.status import Reply, reply
 
 if TYPE_CHECKING:
-    from layercast.server.transport.direct.connection import Connection
+    from layercast.server.transport.direct.calls import Calls
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +32,20 @@ class Stream(RpcCall):
     """A call, and the flow control of its two directions."""
 
     __slots__ = (
-        "_begun", "_connection", "_missing", "_owed", "_path", "_pieces", "_since", "_timer", "_untaken",
+        "_begun", "_calls", "_missing", "_owed", "_path", "_pieces", "_since", "_timer", "_untaken",
         "_was_answered",
-        "ending", "number", "receivable", "sendable", "started",
+        "ending", "number", "promised", "receivable", "sendable", "started",
     )  # fmt: skip
 
     together: ClassVar[bool] = True
 
-    def __init__(self, connection: "Connection", number: int, head: Head, limit: int, sendable: int) -> None:
+    def __init__(self, calls: "Calls", number: int, head: Head, limit: int, sendable: int) -> None:
         """`limit` is for a message either way, `sendable` what the caller takes at first, in bytes."""
         super().__init__(head.pairs, head.headers, limit)
-        self._connection = connection
+        self._calls = calls
         self._path = head.path
         # Of a call that has a short path, until it is clear whether it goes there.
-        self._pieces: list[bytes] | None = [] if head.path in connection.short else None
+        self._pieces: list[bytes] | None = [] if head.path in calls.short else None
         self._missing = 0
         self._begun: Begun | None = None
         self._was_answered = False
@@ -54,6 +54,8 @@ class Stream(RpcCall):
         # Bytes that came and were not yet allowed again, of this stream and of the connection.
         self._owed = self._untaken = 0
         self.number = number
+        # Bytes of the body that `content-length` says are still to come, -1 where nothing says how many.
+        self.promised = head.length
         self.receivable = WINDOW
         self.sendable = sendable
         self.started = False
@@ -61,7 +63,7 @@ class Stream(RpcCall):
 
     def peer(self) -> str:
         """Who calls, as grpc writes it."""
-        return self._connection.peer
+        return self._calls.peer
 
     def start_clock(self, since: float) -> None:
         """Read the deadline, which counts from `since`, and see that the call ends with it."""
@@ -87,6 +89,11 @@ class Stream(RpcCall):
         self._task = self._loop.create_task(self._run())
         # Not at the end of `_run`, whose first step may never come: a reset in the same read cancels it before.
         self._task.add_done_callback(self._ran)
+
+    def keeps_promise(self, many: int, ended: bool) -> bool:
+        """Count so many bytes more of a body of promised length; tell whether it can still be, or is, that long."""
+        self.promised -= many
+        return self.promised == 0 if ended else self.promised >= 0
 
     def take(self, piece: bytes, size: int, ended: bool) -> None:
         """Take a piece of the body that had `size` bytes with its padding."""
@@ -133,9 +140,9 @@ class Stream(RpcCall):
         for message in messages:
             self.outgoing += self._framed(message)
             if len(self.outgoing) > AHEAD:
-                self._connection.send_soon(self)
+                self._calls.send_soon(self)
                 await self._has_room()
-        self._connection.send_soon(self)
+        self._calls.send_soon(self)
 
     def end(self, cause: Cause) -> None:
         """End the call before its time."""
@@ -144,7 +151,7 @@ class Stream(RpcCall):
         if self.ending is not None:
             # All was said, and waits for the caller's window. Nobody reads it after the deadline.
             if cause is Cause.LATE:
-                self._connection.give_up(self, Code.CANCEL)
+                self._calls.give_up(self, Code.CANCEL)
             return
         if self._task:
             self.cancel(cause)
@@ -154,6 +161,8 @@ class Stream(RpcCall):
         if begun:
             # A caller whose deadline is over resets the call, often before the deadline is over here.
             begun.cancel(late=self._loop.time() >= late_from(self.deadline, self._since))
+        else:
+            self._calls.handlers.cut_short(self, self._path, self._since)
         if cause is not Cause.GONE:
             self.cut(cause)
             self._finish()
@@ -172,16 +181,16 @@ class Stream(RpcCall):
     def _ask(self) -> None:
         """Allow the caller as many bytes as came: whoever reads has taken them, and needs more."""
         # On the connection at once: each of many streams may owe less than is worth a frame, and together they owe all.
-        self._connection.took(self.owes())
+        self._calls.took(self.owes())
         if self._owed >= _CREDIT and not self._body_ended:
             self.receivable += self._owed
-            self._connection.allow(self.number, self._owed)
+            self._calls.allow(self.number, self._owed)
             self._owed = 0
 
     def _is_begun(self, raw: bytes) -> bool:
         """Start the answer to a call that has a short path, its body being there; tell whether that was possible."""
         try:
-            begun = self._connection.short[self._path](raw, self.deadline, self.peer(), self._answered)
+            begun = self._calls.short[self._path](raw, self.deadline, self.peer(), self._answered)
         except Exception:  # of one call, which the handler answers; the others of its connection go on
             logger.exception("the short path to %s failed", self._path)
             return self._was_answered
@@ -194,7 +203,7 @@ class Stream(RpcCall):
         self._begun, self._was_answered = None, True
         if self.cause is not None:
             return
-        if raw is not None and self._connection.answer(self, raw):
+        if raw is not None and self._calls.answer(self, raw):
             return
         try:
             if raw is not None:
@@ -206,14 +215,15 @@ class Stream(RpcCall):
         self._finish()
 
     async def _run(self) -> None:
-        await self._connection.handlers.answer(self, self._path, self._since)
+        await self._calls.handlers.answer(self, self._path, self._since)
         self._finish()
 
     def _ran(self, task: "asyncio.Task[None]") -> None:
         error = None if task.cancelled() else task.exception()
         if error:
             logger.error("the call to %s failed", self._path, exc_info=error)
-        self._connection.ran(self)
+        self._calls.handlers.cut_short(self, self._path, self._since)  # its task may never have begun
+        self._calls.ran(self)
 
     def _finish(self) -> None:
         """Have the end sent: the answer if there is one, and the status."""
@@ -224,4 +234,4 @@ class Stream(RpcCall):
             self.ending = header_block(headers)
         else:
             self.ending, self.started = START + header_block(headers), True
-        self._connection.send(self)
+        self._calls.send(self)

@@ -17,8 +17,8 @@ from layercast.server.transport.rpc_call import Cause, is_rpc
 class Adapter:
     """Answers RPCs by registered handlers, in place of a `grpc.aio.Server`, and other requests by `web`."""
 
-    def __init__(self, interceptors: Sequence[grpc.aio.ServerInterceptor], max_bytes: int, web: Starlette) -> None:
-        self._handlers = Handlers(interceptors)
+    def __init__(self, handlers: Handlers, max_bytes: int, web: Starlette) -> None:
+        self._handlers = handlers
         self._limit = max_bytes
         self._web = web
         self._watching = Watching()

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Final, NoReturn
 
-from layercast.server import logs
+from layercast.server import compiled, logs
 from layercast.server.errors import StartError
 from layercast.server.lifecycle import run
 from layercast.server.settings import Settings, read
@@ -17,6 +17,7 @@ from layercast.server.transport.envoy.process import carried_here
 _GIVEN: Final = carried_here()
 _SETTINGS: Final = read(_GIVEN)
 logs.configure(_SETTINGS.log_format)
+compiled.look_in(_SETTINGS.compiled)  # for kernels: the sources run
 
 
 async def entry(scope: Event, receive: Receive, send: Send) -> None:

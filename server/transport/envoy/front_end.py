@@ -7,6 +7,7 @@ from typing import Final
 from starlette.applications import Starlette
 
 from layercast.server.metrics import Metrics
+from layercast.server.transport.dispatch import Handlers
 from layercast.server.transport.envoy.adapter import Adapter
 from layercast.server.transport.front_end import FrontEnd
 from layercast.server.transport.security import Security
@@ -32,7 +33,7 @@ class EnvoyFrontEnd(FrontEnd):
         web: Starlette,
     ) -> None:
         """`web` answers what is no RPC."""
-        self._adapter = Adapter(security.interceptors(metrics), max_message_bytes, web)
+        self._adapter = Adapter(Handlers(security.interceptors(metrics), metrics), max_message_bytes, web)
         self._ports: list[int] = []
         self._stopping: asyncio.Task[None] | None = None
         super().__init__(self._adapter, services, metrics, reflect)
