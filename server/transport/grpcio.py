@@ -1,5 +1,7 @@
 """The front end `grpcio`, grpc.aio: hands messages to the services and their errors to the callers; knows no model."""
 
+import asyncio
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -11,9 +13,14 @@ from layercast.server.transport.front_end import FrontEnd
 from layercast.server.transport.ports import bound_socket, not_bound
 from layercast.server.transport.security import Security
 
+SERVERS: Final = 8 if sys.platform == "linux" else 1
+"""One server of grpc.aio takes one call at a time from the core, and the next one some passes of the event loop later.
+Several on the same port, among which Linux shares out connections, take as many, and what is done in a pass for all
+costs each less. Elsewhere the one that listened last would get every connection."""
+
 _OPTIONS: Final = (
-    # On by default, and then a second server takes part of the traffic of the first, silently.
-    ("grpc.so_reuseport", 0),
+    # Without it only one of them could listen. Who starts beside another is refused by a plain socket, see `bind`.
+    ("grpc.so_reuseport", int(SERVERS > 1)),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -30,7 +37,7 @@ _OPTIONS: Final = (
 
 
 class GrpcFrontEnd(FrontEnd):
-    """A grpc.aio server for the two services, health and reflection."""
+    """Servers of grpc.aio for the two services, health and reflection."""
 
     def __init__(
         self,
@@ -45,27 +52,41 @@ class GrpcFrontEnd(FrontEnd):
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
         )
-        self._server = grpc.aio.server(interceptors=security.interceptors(metrics), options=(*limits, *_OPTIONS))
+        interceptors = security.interceptors(metrics)
+        self._servers = [
+            grpc.aio.server(interceptors=interceptors, options=(*limits, *_OPTIONS)) for _ in range(SERVERS)
+        ]
         self._certificates = security.certificates
-        super().__init__(self._server, services, metrics, reflect)
+        super().__init__(self, services, metrics, reflect)
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Answer RPCs with `handlers`."""
+        for server in self._servers:
+            server.add_generic_rpc_handlers(handlers)
 
     def bind(self, host: str, port: int) -> int:
         """Listen on `host:port` and return the port; StartError when it can't be taken."""
-        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        # Tried with a plain socket first: grpc writes lines of its own to standard error when it can't listen.
+        # Tried with a plain socket first: it alone is refused where another server has the port and would share it, and
+        # grpc writes lines of its own to standard error when it can't listen.
         bound_socket("gRPC", host, port, "--grpc-port").close()
         try:
-            if self._certificates:
-                return self._server.add_secure_port(target, self._certificates.grpc_credentials())
-            return self._server.add_insecure_port(target)
+            for server in self._servers:
+                port = self._listen(server, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:
             raise StartError(not_bound(error, "gRPC", host, port, "--grpc-port")) from error
+        return port
+
+    def _listen(self, server: grpc.aio.Server, target: str) -> int:
+        if self._certificates:
+            return server.add_secure_port(target, self._certificates.grpc_credentials())
+        return server.add_insecure_port(target)
 
     async def start(self) -> None:
         """Answer calls."""
-        await self._server.start()
+        for server in self._servers:
+            await server.start()
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls at once, and return when the running ones have ended or `grace` seconds are over."""
         self._close()
-        await self._server.stop(grace)
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
