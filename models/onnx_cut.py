@@ -1,6 +1,6 @@
 """Cuts an ONNX model: values from inside become its outputs, and what they do not need is gone. Needs `onnx`."""
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def cut(content: bytes, values: Sequence[str]) -> bytes:
     for name in values:
         if name not in known:
             raise CutError(f"it has no value {name!r}")
-    _keep(graph, needed_for(graph, values))
+    _keep(graph, values)
     outputs = [known[name] for name in values]
     del graph.output[:]
     graph.output.extend(outputs)
@@ -45,33 +45,28 @@ def remaining(content: bytes, value: str) -> bytes:
     known = {each.name: each for each in graph.value_info}
     if value not in known:
         raise CutError(f"it has no value {value!r} inside")
-    needed = needed_for(graph, [output.name for output in graph.output], value)
-    _keep(graph, needed, value)
+    needed = _keep(graph, [output.name for output in graph.output], value)
     inputs = [known[value], *(each for each in graph.input if each.name in needed)]
     del graph.input[:]
     graph.input.extend(inputs)
     return bytes(model.SerializeToString())
 
 
-def needed_for(graph: "GraphProto", values: Sequence[str], given: str = "") -> set[str]:
-    """Return the names of the nodes' results, weights and inputs that `values` need, themselves included.
+def _keep(graph: "GraphProto", values: Sequence[str], given: str = "") -> set[str]:
+    """Remove the nodes and weights that `values` do not need, and those that only the value `given` needs.
 
-    What computes the value `given` is not looked at.
+    Return the names of all that is needed.
     """
     needed = set(values)
-    for node in reversed(graph.node):
-        if any(name and name != given and name in needed for name in node.output):
-            needed.update(read(node))
-    return needed
-
-
-def _keep(graph: "GraphProto", needed: Container[str], given: str = "") -> None:
     for place in reversed(range(len(graph.node))):
-        if not any(name and name != given and name in needed for name in graph.node[place].output):
+        if any(name and name != given and name in needed for name in graph.node[place].output):
+            needed.update(read(graph.node[place]))
+        else:
             del graph.node[place]
     for place in reversed(range(len(graph.initializer))):
         if graph.initializer[place].name not in needed:
             del graph.initializer[place]
+    return needed
 
 
 def read(node: "NodeProto") -> Iterator[str]:

@@ -1,11 +1,11 @@
 """Layers read from the ONNX program and from the module, and artefacts whose manifests say something else."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+from tiny import edit_manifest
 
 from layercast.models.artefact import load_module
 from layercast.models.examples import Examples
@@ -37,14 +37,20 @@ def close(got: dict, wanted: dict) -> None:
         np.testing.assert_allclose(value, wanted[key], atol=loose, rtol=loose, err_msg=str(key))
 
 
-def edit(directory: Path, change) -> None:
-    path = directory / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
+def note_parts(monkeypatch) -> list[frozenset[str]]:
+    """Return the list to which every set of layers is added that a part is compiled for, in turn."""
+    sets: list[frozenset[str]] = []
+    part = OnnxProgram.part
+
+    def noted(self: OnnxProgram, layers, predict: bool):
+        sets.append(frozenset(layers))
+        return part(self, layers, predict)
+
+    monkeypatch.setattr(OnnxProgram, "part", noted)
+    return sets
 
 
 def untrusted(directory: Path, tmp_path: Path) -> Path:
     copied = shutil.copytree(directory, tmp_path / directory.parent.name / "1")
-    edit(copied, lambda manifest: manifest.update(architecture="elsewhere:Net"))
+    edit_manifest(copied, lambda manifest: manifest.update(architecture="elsewhere:Net"))
     return copied

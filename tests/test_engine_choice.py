@@ -62,15 +62,19 @@ class Timed:
         return Choice(buckets, (row,) * len(buckets.lengths)), {(0, 1): {ONE: 1e-4, TWO: float("inf")}}
 
 
-@pytest.fixture
-def timed(monkeypatch) -> Timed:
-    fake = Timed(TWO)
+def put_in_place(fake: Timed, monkeypatch) -> Timed:
+    """Let `fake` stand for all that is measured when an artefact is loaded."""
     monkeypatch.setattr(timing, "fastest", fake)
     monkeypatch.setattr(instances, "gain", lambda *timed: fake.gain)
     monkeypatch.setattr(instances, "part", lambda *timed: fake.part)
     monkeypatch.setattr(selection, "inline_of", lambda *timed: fake.inline)
     monkeypatch.setattr(Others, "are_busy", lambda others, processors: fake.busy)
     return fake
+
+
+@pytest.fixture
+def timed(monkeypatch) -> Timed:
+    return put_in_place(Timed(TWO), monkeypatch)
 
 
 def loaded(artefact: Path, folder: Path | None, threads: int = 2, **settings: Any) -> Loaded:

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from onnx_layers import close, edit, hooks, untrusted
+from onnx_layers import close, hooks, note_parts, untrusted
 from serving import running
 from test_server_features import arrays, extract
 from test_server_inference import rows_for
+from tiny import edit_manifest
 
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.tapped import TappedEngine
-from layercast.server.engines.taps import OnnxProgram
 from layercast.server.loader import load
 from layercast.server.settings import ModelSettings
 from layercast.server.work import Tap
@@ -31,7 +31,7 @@ def test_an_older_manifest_loads_and_its_layers_are_read_by_hooks(directories, t
         assert manifest.pop("onnx_values")
         manifest["schema_version"] = 1
 
-    edit(directory, age)
+    edit_manifest(directory, age)
     assert isinstance(load(directory, ModelSettings(), 1).runner.taps, EagerEngine)
     assert isinstance(load(directories["shared"], ModelSettings(), 1).runner.taps, TappedEngine)
     assert isinstance(load(directories["shared"], ModelSettings(engine="eager"), 1).runner.taps, EagerEngine)
@@ -84,14 +84,7 @@ def test_layers_of_a_module_that_is_not_built_come_from_the_program(directories,
 def test_nothing_is_compiled_for_layers_that_the_settings_keep_back(
     directories, tmp_path, monkeypatch, settings, cut_for
 ):
-    compiled: list[frozenset[str]] = []
-    part = OnnxProgram.part
-
-    def noted(self: OnnxProgram, layers, predict: bool):
-        compiled.append(frozenset(layers))
-        return part(self, layers, predict)
-
-    monkeypatch.setattr(OnnxProgram, "part", noted)
+    compiled = note_parts(monkeypatch)
     loaded = load(untrusted(directories["resnet"], tmp_path), ModelSettings(**settings), 1)
     assert compiled == cut_for
     assert [layer.path for layer in loaded.manifest.layers if layer.available] == [
@@ -102,7 +95,7 @@ def test_nothing_is_compiled_for_layers_that_the_settings_keep_back(
 
 def test_a_manifest_that_names_values_of_other_shapes_gets_no_layers(directories, tmp_path):
     directory = untrusted(directories["resnet"], tmp_path)
-    edit(directory, lambda manifest: manifest["onnx_values"].update(layer1=manifest["onnx_values"]["layer2"]))
+    edit_manifest(directory, lambda manifest: manifest["onnx_values"].update(layer1=manifest["onnx_values"]["layer2"]))
     loaded = load(directory, ModelSettings(), 1)
     assert loaded.runner.taps is None
     assert loaded.note.startswith("layers are not available: ")

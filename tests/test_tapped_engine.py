@@ -6,7 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from onnx_layers import close, edit, hooks, inputs_of, program
+from onnx_layers import close, hooks, inputs_of, note_parts, program
+from tiny import edit_manifest
 
 from layercast.models.manifest import Manifest
 from layercast.server.engines import parts, tapped, trial
@@ -108,15 +109,7 @@ def test_parts_are_kept_for_a_few_sets_of_layers_in_bounded_memory(directories, 
 def compiled(monkeypatch) -> list[frozenset[str]]:
     """The sets of layers that parts were compiled for, in turn; compiling is over before the next batch."""
     monkeypatch.setattr(parts, "_PAUSE", 0)
-    sets: list[frozenset[str]] = []
-    part = OnnxProgram.part
-
-    def noted(self: OnnxProgram, layers, predict: bool):
-        sets.append(frozenset(layers))
-        return part(self, layers, predict)
-
-    monkeypatch.setattr(OnnxProgram, "part", noted)
-    return sets
+    return note_parts(monkeypatch)
 
 
 def test_callers_who_take_turns_over_more_sets_than_parts_compile_nothing_new(directories, compiled):
@@ -185,7 +178,7 @@ def test_a_part_that_ends_early_tells_how_much_did_not_run(directories):
 def lying(directory: Path, tmp_path: Path, **values: str) -> Path:
     """Copy an artefact and let its manifest name other values."""
     copied = shutil.copytree(directory, tmp_path / directory.parent.name / "1")
-    edit(copied, lambda manifest: manifest["onnx_values"].update(values))
+    edit_manifest(copied, lambda manifest: manifest["onnx_values"].update(values))
     return copied
 
 

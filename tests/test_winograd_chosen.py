@@ -11,19 +11,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_engine_choice import Timed
+from test_engine_choice import Timed, put_in_place
 from test_server_inference import offline, rows_for
 
 from layercast.models.artefact import NO_TRUST, golden
 from layercast.models.manifest import Manifest
 from layercast.server import compiled
-from layercast.server.engines import instances, selection, source, timing
+from layercast.server.engines import source
 from layercast.server.engines.base import EngineError
 from layercast.server.engines.choice import Candidate
 from layercast.server.engines.golden import check_golden
-from layercast.server.engines.others import Others
 from layercast.server.engines.source import Source
-from layercast.server.inline import NOWHERE
 from layercast.server.loader import LoadError, load
 from layercast.server.model import Loaded
 from layercast.server.settings import ModelSettings
@@ -53,13 +51,7 @@ def kernels(look_in, folder) -> None:
 
 @pytest.fixture
 def timed(monkeypatch) -> Timed:
-    fake = Timed(WINOGRAD)
-    monkeypatch.setattr(timing, "fastest", fake)
-    monkeypatch.setattr(instances, "gain", lambda *timed: fake.gain)
-    monkeypatch.setattr(instances, "part", lambda *timed: fake.part)
-    monkeypatch.setattr(selection, "inline_of", lambda *timed: NOWHERE)
-    monkeypatch.setattr(Others, "are_busy", lambda others, processors: False)
-    return fake
+    return put_in_place(Timed(WINOGRAD), monkeypatch)
 
 
 @pytest.fixture
@@ -174,7 +166,7 @@ class Coarse:
 
 @pytest.fixture
 def coarse(monkeypatch) -> type[Coarse]:
-    monkeypatch.setattr(source.library, "available", lambda: "")
+    monkeypatch.setattr(source.library, "why_not", lambda: "")
     monkeypatch.setattr(source, "WinogradEngine", Coarse)
     monkeypatch.setattr(Coarse, "error", np.float32(5e-4))
     return Coarse

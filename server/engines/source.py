@@ -131,7 +131,7 @@ class Source:
         """Return why engine winograd can't run here, whatever the model; "" where it can."""
         if self.device.type != "cpu":
             return 'it runs on the CPU; set device = "cpu" for this model'
-        return library.available()
+        return library.why_not()
 
     def _threads(self, name: EngineName) -> list[int]:
         """Return how many threads are worth trying: waking another costs what a small batch does."""

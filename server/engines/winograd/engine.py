@@ -13,7 +13,7 @@ from layercast.server import compiled
 from layercast.server.engines.base import EngineError, Inputs, Outputs, not_loaded
 from layercast.server.engines.onnx import open_session
 from layercast.server.engines.winograd.body import body_of
-from layercast.server.engines.winograd.library import NAME, Library, available, library
+from layercast.server.engines.winograd.library import NAME, Library, library, why_not
 from layercast.server.engines.winograd.plan import Plan, Shape, Workspace
 from layercast.server.work import Array
 
@@ -37,7 +37,7 @@ class WinogradEngine:
         self.device = "cpu"
         path = compiled.kernel(NAME)
         if path is None:
-            raise EngineError(f"engine {NAME} is not to be had: {available()}")
+            raise EngineError(f"engine {NAME} is not to be had: {why_not()}")
         if manifest.files[manifest.programs[_PROGRAM]].bytes > _MOST_BYTES:
             raise EngineError(f"engine {NAME} takes programs of up to {_MOST_BYTES >> 20} MB")
         content = manifest.read_verified(directory, manifest.programs[_PROGRAM])

@@ -42,7 +42,7 @@ class Library:
         self.run.restype = None
 
 
-def available() -> str:
+def why_not() -> str:
     """Return why the engine can't run here, "" where it can."""
     if compiled.kernel(NAME) is None:
         return "its kernel is not compiled (`layercast compile`, on x86-64 with AVX2 or AVX-512)"
