@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from documentation import ROOT, RUN, Block, Page, is_stock
+from one_run import cache
 
 from layercast.server.settings import ModelSettings, read
 
@@ -42,7 +43,8 @@ class Surroundings:
         own = {"HOME": str(self.directory), "XDG_CACHE_HOME": str(self.directory / ".cache"), "PATH": path}
         free = {f"LAYERCAST_{name.upper()}_PORT": "0" for name in _DEFAULT_PORTS.values()}
         url = {"LAYERCAST_URL": f"127.0.0.1:{self.ports['grpc']}"} if self.ports else {}
-        return {**kept, **own, **free, **url, "LAYERCAST_REPOSITORY": str(self.repository)}
+        folders = {"LAYERCAST_REPOSITORY": str(self.repository), "LAYERCAST_CACHE": str(cache())}
+        return {**kept, **own, **free, **url, **folders}
 
     def code(self, block: Block) -> str:
         """Return the block's text with the default addresses replaced by those of the server."""

@@ -41,14 +41,13 @@ class Results:
 def run_modules(
     command: Sequence[str],
     report: Path,
-    repository: Path,
     environment: Mapping[str, str],
     modules: Sequence[str] = MODULES,
 ) -> Results:
-    """Run the modules with `command`, which takes pytest's arguments, on a repository that is there already."""
+    """Run the modules with `command`, which takes pytest's arguments, as part of this run of the tests."""
     done = subprocess.run(
         [*command, "-q", f"--junitxml={report}", *(f"{module}.py" for module in modules)],
-        cwd=TESTS, env={**os.environ, "LAYERCAST_TEST_REPOSITORY": str(repository), **environment},
+        cwd=TESTS, env={**os.environ, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
     )  # fmt: skip
     assert report.is_file(), done.stdout[-4000:]

@@ -1,7 +1,6 @@
 """A real server on loopback ports for tests, in this process."""
 
 import asyncio
-import tempfile
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +8,13 @@ from typing import Any, TypeVar
 
 import grpc
 import hosting
+from one_run import cache
 
 from layercast.proto.rpc import FEATURES, INFERENCE
 from layercast.server.lifecycle import Server
 from layercast.server.settings import read
 
 T = TypeVar("T")
-
-_CACHE = tempfile.TemporaryDirectory(prefix="layercast-cache-")
-"""What servers remember lies here, and not in the cache of who runs the tests; removed when the process ends."""
 
 
 class Running:
@@ -70,7 +67,7 @@ def running(repository: Path, **settings: Any) -> Iterator[Running]:
             "repository": repository,
             "metrics_port": 0,
             "drain_seconds": 5.0,
-            "cache": Path(_CACHE.name),
+            "cache": cache(),
             "instances": 1,  # what is measured on a busy machine changes from run to run, and with it how rows meet
             **ports,
             **settings,

@@ -9,9 +9,9 @@ pytest.importorskip("pyvoy", reason="the front end envoy needs layercast[envoy]"
 
 
 @pytest.fixture(scope="module")
-def results(repository, tmp_path_factory) -> Results:
+def results(tmp_path_factory) -> Results:
     report = tmp_path_factory.mktemp("envoy") / "report.xml"
-    return run_modules((sys.executable, str(TESTS / "in_envoy.py")), report, repository, {})
+    return run_modules((sys.executable, str(TESTS / "in_envoy.py")), report, {})
 
 
 @pytest.mark.timeout(960)

@@ -8,10 +8,10 @@ from module_runs import MODULES, Results, run_modules
 
 
 @pytest.fixture(scope="module")
-def results(repository, tmp_path_factory) -> Results:
+def results(tmp_path_factory) -> Results:
     report = tmp_path_factory.mktemp("other") / "report.xml"
     command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
-    return run_modules(command, report, repository, {"LAYERCAST_TEST_FRONT_END": hosting.OTHER})
+    return run_modules(command, report, {"LAYERCAST_TEST_FRONT_END": hosting.OTHER})
 
 
 @pytest.mark.timeout(960)

@@ -18,6 +18,7 @@ import grpc
 import hosting
 import numpy as np
 import pytest
+from one_run import cache
 from test_server_inference import offline, request, rows_for, values_of
 
 from layercast.proto.messages import ModelInferRequest, ModelInferResponse
@@ -61,6 +62,7 @@ def serving(repository: Path | None, *options: str, patch: str = "") -> Iterator
     if repository:
         command += ["--repository", str(repository)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LAYERCAST_")}
+    environment["LAYERCAST_CACHE"] = str(cache())
     if patch and hosting.envoy:
         environment["PYTHONPATH"] = os.pathsep.join([in_every_python(patch), environment.get("PYTHONPATH", "")])
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
