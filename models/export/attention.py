@@ -8,18 +8,18 @@ from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateHashedInitializersPass
 from onnxscript.rewriter import pattern, rewrite
-from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
+from onnxscript.rewriter.pattern import MatchResult
 
-DOMAIN: Final = "com.microsoft"
-"""Where ONNX Runtime's own operators live; other runtimes do not know them."""
+from layercast.models.export import scaled_attention
+from layercast.models.export.attention_operator import DOMAIN, SelfAttention, constant
 
 _PROJECTIONS: Final = ("q", "k", "v")
-_INT32: Final = ir.DataType.INT32
 
 
-class _SelfAttention(RewriteRuleClassBase):
-    """What all rules share: three projections of one `x`, split into heads, and the heads joined again."""
+class _Ours(SelfAttention):
+    """What both rules share: three projections of one `x`, split into heads, and the heads joined again."""
 
     def check(self, op: Any, *args: Any, **found: Any) -> MatchResult:
         """Accept what the operator computes: float32, as many and as large heads of all three, constant weights."""
@@ -27,7 +27,7 @@ class _SelfAttention(RewriteRuleClassBase):
         constants = [found[f"{kind}{name}"] for name in _PROJECTIONS for kind in "wb"]
         if any(value.const_value is None for value in (*constants, found["scale"])):
             return result.fail("want constant weights and scale")
-        if _constant(found["scale"]).size != 1 or not _constant(found["scale"]).all():
+        if constant(found["scale"]).size != 1 or not constant(found["scale"]).all():
             return result.fail("want one scale for all heads", found["scale"])
         if found["heads"].dtype != ir.DataType.FLOAT or not _even(found):
             return result.fail("want float32, and the same constant number and size of heads everywhere")
@@ -51,27 +51,16 @@ class _SelfAttention(RewriteRuleClassBase):
         joined = op.Transpose(op.MatMul(weights, values), perm=[0, 2, 1, 3])
         return op.Reshape(joined, pattern.ANY_VALUE, _outputs=["attended"])
 
-    @staticmethod
-    def operator(op: Any, found: dict[str, Any], mask: tuple[Any, ...] = (), **attributes: Any) -> Any:
-        """Return the operator on the three projections side by side."""
-        weights, biases = (
-            np.concatenate([_constant(found[f"{kind}{name}"]) for name in _PROJECTIONS], axis=-1) for kind in "wb"
-        )
-        name = found["attended"].name
-        return op.Attention(
-            found["x"],
-            op.initializer(ir.tensor(weights), f"{name}.weights"),
-            op.initializer(ir.tensor(biases), f"{name}.biases"),
-            *mask,
-            num_heads=found["heads"].shape[1],
-            scale=1 / float(_constant(found["scale"])),
-            **attributes,
-            _domain=DOMAIN,
-            _version=1,
+    def fused(self, op: Any, found: dict[str, Any], *mask: Any, **attributes: Any) -> Any:
+        """Return the operator in place of what was `found`."""
+        weights, biases = ([constant(found[f"{kind}{name}"]) for name in _PROJECTIONS] for kind in "wb")
+        heads, scale = found["heads"].shape[1], 1 / float(constant(found["scale"]))
+        return self.operator(
+            op, found["x"], weights, biases, found["attended"], *mask, num_heads=heads, scale=scale, **attributes
         )
 
 
-class _Unmasked(_SelfAttention):
+class _Unmasked(_Ours):
     """`MultiHeadAttention(x)` as torch exports it, up to the output projection."""
 
     def pattern(self, op: Any, x: Any, scale: Any, wq: Any, bq: Any, wk: Any, bk: Any, wv: Any, bv: Any) -> Any:
@@ -81,10 +70,10 @@ class _Unmasked(_SelfAttention):
 
     def rewrite(self, op: Any, **found: Any) -> Any:
         """Return the operator alone."""
-        return self.operator(op, found)
+        return self.fused(op, found)
 
 
-class _Padded(_SelfAttention):
+class _Padded(_Ours):
     """`MultiHeadAttention(x, key_padding_mask=padding)`, likewise."""
 
     def pattern(
@@ -106,18 +95,17 @@ class _Padded(_SelfAttention):
         lowest, zero = found["lowest"], found["zero"]
         if lowest.const_value is None or zero.const_value is None:
             return result.fail("want constant fill values")
-        if _constant(lowest) != np.finfo(np.float32).min or _constant(zero) != 0:
+        if constant(lowest) != np.finfo(np.float32).min or constant(zero) != 0:
             return result.fail("want hidden scores filled with the lowest number and their weights with zero")
         return result
 
     def rewrite(self, op: Any, **found: Any) -> Any:
         """Return the operator with a mask of what counts."""
         counts = op.Not(_padding(found["hidden"]))
-        lowest = float(_constant(found["lowest"]))
-        joined = self.operator(op, found, (op.Cast(counts, to=_INT32),), mask_filter_value=lowest)
+        lowest = float(constant(found["lowest"]))
+        joined = self.fused(op, found, self.mask(op, counts), mask_filter_value=lowest)
         # A row of padding alone attends to nothing, where the operator gives the mean of its values.
-        tokens = op.Cast(op.Unsqueeze(counts, op.Constant(value_ints=[2])), to=ir.DataType.FLOAT)
-        return op.Mul(joined, op.ReduceMax(tokens, op.Constant(value_ints=[1]), keepdims=1))
+        return op.Mul(joined, self.any_counts(op, counts))
 
 
 def _even(found: dict[str, Any]) -> bool:
@@ -138,15 +126,9 @@ def _even(found: dict[str, Any]) -> bool:
         and found["keys"].shape == [rows, count, size, length]
         and found["values"].shape == heads
         and found["attended"].shape == [rows, length, width]
-        and all(_constant(found[f"w{name}"]).shape == (x[2], width) for name in _PROJECTIONS)
-        and all(_constant(found[f"b{name}"]).shape == (width,) for name in _PROJECTIONS)
+        and all(constant(found[f"w{name}"]).shape == (x[2], width) for name in _PROJECTIONS)
+        and all(constant(found[f"b{name}"]).shape == (width,) for name in _PROJECTIONS)
     )
-
-
-def _constant(value: ir.Value) -> Any:
-    if value.const_value is None:
-        raise ValueError(f"{value.name} is no constant")
-    return value.const_value.numpy()
 
 
 def _padding(hidden: ir.Value) -> ir.Value | None:
@@ -160,6 +142,8 @@ def _padding(hidden: ir.Value) -> ir.Value | None:
 
 def fuse(model: ir.Model) -> tuple[ir.Model, int]:
     """Return `model` with every attention that matches rewritten, and how many there were; `model` is changed."""
-    rules = [_Unmasked.rule(), _Padded.rule()]  # type: ignore[no-untyped-call]
+    rules = [_Unmasked.rule(), _Padded.rule(), *scaled_attention.rules()]  # type: ignore[no-untyped-call]
     rewritten: ir.Model = rewrite(model, rules)
+    CommonSubexpressionEliminationPass()(rewritten)  # each attention has made its own mask,
+    DeduplicateHashedInitializersPass()(rewritten)  # and joined its own weights, which may be those of another
     return rewritten, sum(node.op_type == "Attention" and node.domain == DOMAIN for node in rewritten.graph)
