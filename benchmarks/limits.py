@@ -3,7 +3,7 @@
     python benchmarks/limits.py --repository DIR --model resnet --shape 1,3,32,32 [--layer layer2@mean]
 
 Prints a JSON object: engine -> rows/s. `eager-tapped` is torch with the layer read and the forward stopped there;
-`winograd`, there if its kernel is compiled and it can run the model, computes a part of the batch in each thread.
+`winograd` and `encoder` are there if their kernels are compiled and fit the model.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from layercast.models.manifest import Manifest
 from layercast.server import compiled
 from layercast.server.engines.base import EngineError
 from layercast.server.engines.eager import EagerEngine
+from layercast.server.engines.encoder.engine import EncoderEngine
 from layercast.server.engines.onnx import open_session
 from layercast.server.engines.winograd.engine import WinogradEngine
 from layercast.server.settings import read
@@ -70,16 +70,12 @@ def _engines(directory: Path, threads: int, layer: str) -> dict[str, tuple[Calla
         "eager": (lambda x: module(torch.from_numpy(x)), spec.datatype),
         "torchscript": (lambda x: scripted(torch.from_numpy(x)), spec.datatype),
     }
-    with suppress(EngineError):
-        engines["winograd"] = (_winograd(directory, manifest, threads), spec.datatype)
-    return engines
-
-
-def _winograd(directory: Path, manifest: Manifest, threads: int) -> Callable[[np.ndarray], Any]:
-    """Return the engine, shared by so many threads, each of which computes alone."""
     compiled.look_in(read({}).compiled)
-    engine, name, pool = WinogradEngine(directory, manifest), manifest.inputs[0].name, ThreadPoolExecutor(threads)
-    return lambda x: list(pool.map(lambda part: engine.run({name: part}), np.array_split(x, min(threads, len(x)))))
+    for native in (WinogradEngine, EncoderEngine):
+        with suppress(EngineError):
+            engine = native(directory, manifest).with_threads(threads)
+            engines[engine.name] = (lambda x, engine=engine: engine.run({spec.name: x}), spec.datatype)
+    return engines
 
 
 def _best(run: Callable[[np.ndarray], Any], datatype: str, shape: tuple[int, ...], batches: list[int]) -> float:

@@ -1,10 +1,10 @@
 """Cuts an ONNX model: values from inside become its outputs, and what they do not need is gone. Needs `onnx`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 _NUMPY: Final = frozenset(
     {"FLOAT", "DOUBLE", "FLOAT16", "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"}
@@ -16,16 +16,20 @@ class CutError(ValueError):
     """The model cannot be cut; the text says why."""
 
 
-def cut(content: bytes, values: Sequence[str]) -> bytes:
+def cut(content: bytes, values: Sequence[str], types: Mapping[str, int] | None = None) -> bytes:
     """Return the model in `content` with `values` as its outputs, in that order, and all of its inputs.
 
     It is cut in place, since every copy of large weights keeps Python's lock for a while. CutError for bytes that are
-    no model, a value of which the model does not say the type, and tensors kept in other files.
+    no model, a value of which neither the model nor `types` (onnx.TensorProto.DataType) say the type, and tensors kept
+    in other files.
     """
     model = parsed(content)
     graph = model.graph
     known = {value.name: value for value in (*graph.value_info, *graph.output)}
+    made = {name for node in graph.node for name in node.output} if types else set()
     for name in values:
+        if name in made and name not in known and types and name in types:
+            known[name] = _untold(name, types[name])
         if name not in known:
             raise CutError(f"it has no value {name!r}")
     _keep(graph, values)
@@ -50,6 +54,12 @@ def remaining(content: bytes, value: str) -> bytes:
     del graph.input[:]
     graph.input.extend(inputs)
     return bytes(model.SerializeToString())
+
+
+def _untold(name: str, kind: int) -> "ValueInfoProto":
+    from onnx import helper
+
+    return helper.make_tensor_value_info(name, kind, None)
 
 
 def _keep(graph: "GraphProto", values: Sequence[str], given: str = "") -> set[str]:

@@ -78,7 +78,7 @@ OLD_THROW: Final = r"the \(type, exc, tb\) signature of throw\(\)"
 """A warning of Python 3.12 and newer: mypyc's coroutines pass an error on to what they await as it was done before."""
 
 _ROOT: Final = "layercast"
-_SOURCES: Final = (".py", ".pyi", ".cpp")
+_SOURCES: Final = (".py", ".pyi", ".cpp", ".hpp")
 
 _looked_in: Final[list[Path]] = []
 """Where the code of these sources would be, for this process; nothing before `look_in`."""

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-SOURCES: Final = {"winograd": "engines/winograd/winograd.cpp"}
+SOURCES: Final = {name: f"engines/{name}/{name}.cpp" for name in ("winograd", "encoder")}
 """Where each kernel's source is, from here."""
 
 _V3: Final = frozenset(("avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"))
@@ -23,7 +23,7 @@ Not for the processor that compiles: another may run the code.
 FOLDER: Final = "kernels"
 """The folder of the libraries, in that of the compiled code."""
 
-_FLAGS: Final = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
+_FLAGS: Final = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
 _MACHINES: Final = ("x86_64", "AMD64")
 
 

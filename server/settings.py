@@ -29,7 +29,7 @@ from layercast.models.foreign.trust import Trust
 from layercast.server.compiled import default_folder
 from layercast.server.errors import StartError
 
-EngineName = Literal["auto", "eager", "torchscript", "onnx", "exported", "onnx-int8", "winograd"]
+EngineName = Literal["auto", "eager", "torchscript", "onnx", "exported", "onnx-int8", "winograd", "encoder"]
 Precision = Literal["fp32", "bf16"]
 
 MODEL_FILE = "layercast.toml"

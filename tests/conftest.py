@@ -1,17 +1,20 @@
 """Fixtures that many tests share; the expensive ones are made once a session."""
 
+import gc
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import compiled_kernels
 import grpc
 import pytest
 import torch
 from direct import peers_of, serving_directly
 from h2_peer import Peer
+from one_run import made_once
 from serving import Running, running
 from torch import nn
 
@@ -23,6 +26,19 @@ from layercast.proto.rpc import FEATURES
 # of them send. A handler of our own is back to the default in a child.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave what hundreds of modules hold to the end of the process: going through it takes half a second each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+
 
 CARDS: dict[str, dict[str, Any]] = {
     "mnist": {
@@ -97,15 +113,15 @@ def modules() -> dict[str, nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def repository(modules: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(modules: dict[str, nn.Module]) -> Path:
     """A repository of the test models, version 1 each, with every program."""
-    if given := os.environ.get("LAYERCAST_TEST_REPOSITORY"):  # the same, from the tests that started these
-        return Path(given)
-    root = tmp_path_factory.mktemp("repository")
-    with in_one_thread():
-        for name, module in modules.items():
-            export_artefact(module, card_of(name), root / name / "1")
-    return root
+
+    def export(root: Path) -> None:
+        with in_one_thread():
+            for name, module in modules.items():
+                export_artefact(module, card_of(name), root / name / "1")
+
+    return made_once("repository", export)
 
 
 @pytest.fixture(scope="session")
@@ -146,6 +162,12 @@ def connect(direct: Running) -> Iterator[Callable[..., Peer]]:
     """What opens raw connections to that server; it must serve others as ever when the test has ended."""
     with peers_of(direct) as connect:
         yield connect
+
+
+@pytest.fixture(scope="session")
+def kernels_folder() -> Path:
+    """Where the kernels of engines are compiled, without the modules: the sources run."""
+    return made_once("kernels", compiled_kernels.make)
 
 
 @pytest.fixture(scope="session")

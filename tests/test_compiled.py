@@ -55,13 +55,11 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder, repository, tmp_path_factory) -> Results:
+def results(folder, tmp_path_factory) -> Results:
     report = tmp_path_factory.mktemp("compiled") / "report.xml"
     command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "use_compiled")
     path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-    return run_modules(
-        command, report, repository, {"LAYERCAST_TEST_COMPILED": str(folder), "PYTHONPATH": path}, MODULES
-    )
+    return run_modules(command, report, {"LAYERCAST_TEST_COMPILED": str(folder), "PYTHONPATH": path}, MODULES)
 
 
 @pytest.mark.timeout(600)
@@ -109,8 +107,12 @@ def test_modules_that_are_imported_already_are_not_replaced(tmp_path):
 
 def pretend(root: Path) -> None:
     """Make a folder that has the files of compiled modules and kernels, none of which can be loaded."""
-    libraries = ("library/abc__mypyc.so", "kernels/winograd-v4.so", "kernels/winograd-v3.so")
-    for name in (*libraries, *(f"layercast/{name.replace('.', '/')}.so" for name in compiled.MODULES)):
+    made = (f"kernels/{name}-{level}.so" for name in kernels.SOURCES for level in kernels.LEVELS)
+    for name in (
+        "library/abc__mypyc.so",
+        *made,
+        *(f"layercast/{name.replace('.', '/')}.so" for name in compiled.MODULES),
+    ):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"not a library")
@@ -208,7 +210,7 @@ def test_another_one_at_work_is_waited_for_and_its_folder_left_alone(tmp_path):
 
 
 def test_another_mypy_makes_it_again_and_none_keeps_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.transport.timeouts"))
+    monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.inline"))
     root = tmp_path / compiled.made_of()
     pretend(root)
     (root / "mypy-2.3.9").touch()
@@ -227,7 +229,7 @@ def no_such_package(name: str) -> str:
 
 
 def test_what_was_made_of_other_sources_goes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.transport.timeouts"))
+    monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.inline"))
     pretend(tmp_path / ("0" * 24))
     (tmp_path / compiled.made_of() / "library").mkdir(parents=True)  # half of it, of a removal that was cut off
     (tmp_path / "of somebody else").mkdir()
@@ -245,8 +247,8 @@ def test_what_was_made_of_other_sources_goes(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(bool(kernels.missing()), reason=f"no kernels can be compiled here: {kernels.missing()}")
 def test_without_a_cpp_compiler_it_goes_on_and_a_later_one_makes_the_kernels_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.transport.timeouts"))
-    root, without = tmp_path / compiled.made_of(), "layercast compile: without engine winograd: "
+    monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.inline"))
+    root, without = tmp_path / compiled.made_of(), "layercast compile: without engine winograd, encoder: "
     monkeypatch.setenv("CXX", "no-such-compiler")
     for said in ("compiled 2 modules", "already compiled"):
         assert main(["compile", "--output", str(tmp_path)]) == 0
@@ -261,7 +263,7 @@ def test_without_a_cpp_compiler_it_goes_on_and_a_later_one_makes_the_kernels_alo
     monkeypatch.delenv("CXX")
     (root / "kernels").mkdir()  # half of them, of a removal that was cut off
     assert main(["compile", "--output", str(tmp_path)]) == 0
-    assert capsys.readouterr() == (f"compiled the kernels of engine winograd: {root / 'kernels'}\n", "")
+    assert capsys.readouterr() == (f"compiled the kernels of engine winograd, encoder: {root / 'kernels'}\n", "")
     assert kernels.are_whole(root / "kernels")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert list(tmp_path.iterdir()) == [root]

@@ -166,7 +166,11 @@ def test_a_check_that_breaks_leaves_the_rest_of_the_report(monkeypatch: pytest.M
     ("reason", "detail"),
     [
         ("", "yes"),
-        ("`layercast compile` makes its kernel", "yes, without engine winograd: `layercast compile` makes its kernel"),
+        (
+            "`layercast compile` makes its kernel",
+            "yes, without engine winograd: `layercast compile` makes its kernel, without engine encoder: `layercast "
+            "compile` makes its kernel",
+        ),
     ],
 )
 def test_compiled_code_without_kernels_says_why(

@@ -11,13 +11,15 @@ from layercast.server import compiled, kernels
 
 AVX2 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "sse2"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+NAMES = ("winograd", "encoder")
 needs_compiler = pytest.mark.skipif(bool(kernels.missing()), reason=f"can't be compiled here: {kernels.missing()}")
 
 
 def pretend(folder: Path, *levels: str) -> Path:
     folder.mkdir(parents=True)
-    for level in levels:
-        (folder / f"winograd-{level}.so").write_bytes(b"not a library")
+    for name in kernels.SOURCES:
+        for level in levels:
+            (folder / f"{name}-{level}.so").write_bytes(b"not a library")
     return folder
 
 
@@ -34,16 +36,21 @@ def looked_in(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("looked_in")
 def test_a_library_is_made_for_each_level_and_found(tmp_path: Path) -> None:
     compiled_kernels.make(tmp_path)
-    assert compiled.kernel("winograd") is None, "nobody said where to look"
+    assert [compiled.kernel(name) for name in NAMES] == [None, None], "nobody said where to look"
     compiled.look_in(tmp_path)
-    found = compiled.kernel("winograd")
-    assert found is not None
-    assert {path.name for path in found.parent.iterdir()} == {"winograd-v4.so", "winograd-v3.so"}
-    assert kernels.are_whole(found.parent)
-    assert stat.S_IMODE(found.parent.stat().st_mode) == 0o755
-    ctypes.CDLL(str(found))
+    folder = tmp_path / compiled.made_of() / "kernels"
+    assert {path.name for path in folder.iterdir()} == {
+        f"{name}-{level}.so" for name in NAMES for level in ("v4", "v3")
+    }
+    assert kernels.are_whole(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    for name in NAMES:
+        found = compiled.kernel(name)
+        assert found is not None
+        assert (found.parent, found.name[: len(name)]) == (folder, name)
+        ctypes.CDLL(str(found))
     compiled.look_in(tmp_path / "absent")
-    assert compiled.kernel("winograd") is None
+    assert [compiled.kernel(name) for name in NAMES] == [None, None]
 
 
 @pytest.mark.usefixtures("looked_in")
@@ -64,10 +71,11 @@ def test_code_that_can_not_be_read_is_left_alone(tmp_path, monkeypatch, caplog) 
 def test_a_processor_gets_the_best_that_it_can_run(tmp_path, monkeypatch, instructions, level) -> None:
     has(monkeypatch, instructions)
     folder = pretend(tmp_path / "kernels", "v4", "v3")
-    found = kernels.best(folder, "winograd")
-    assert (found.name if found else "") == (f"winograd-{level}.so" if level else "")
-    reason = "" if level else "this processor has neither AVX-512 nor AVX2"
-    assert kernels.why_none(folder, "winograd") == reason
+    for name in NAMES:
+        found = kernels.best(folder, name)
+        assert (found.name if found else "") == (f"{name}-{level}.so" if level else "")
+        reason = "" if level else "this processor has neither AVX-512 nor AVX2"
+        assert kernels.why_none(folder, name) == reason
 
 
 def test_what_is_not_there_is_not_found(tmp_path, monkeypatch) -> None:
@@ -75,6 +83,9 @@ def test_what_is_not_there_is_not_found(tmp_path, monkeypatch) -> None:
     folder = pretend(tmp_path / "kernels", "v3")
     assert kernels.best(folder, "winograd") == folder / "winograd-v3.so"
     assert not kernels.are_whole(folder)
+    assert kernels.are_whole(pretend(tmp_path / "whole", "v4", "v3"))
+    (tmp_path / "whole" / "encoder-v3.so").unlink()
+    assert not kernels.are_whole(tmp_path / "whole")
     assert kernels.best(tmp_path / "absent", "winograd") is None
     monkeypatch.setattr(kernels, "missing", lambda: "")
     assert kernels.why_none(tmp_path / "absent", "winograd") == "`layercast compile` makes its kernel"

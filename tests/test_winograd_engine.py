@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import compiled_kernels
 import numpy as np
 import onnx
 import pytest
@@ -24,12 +23,9 @@ PANEL = 64
 
 
 @pytest.fixture(autouse=True)
-def kernel(tmp_path_factory, monkeypatch) -> None:
-    output = tmp_path_factory.getbasetemp() / "kernels-of-engines"
-    if not output.exists():
-        compiled_kernels.make(output)
+def kernel(kernels_folder, monkeypatch) -> None:
     monkeypatch.setattr(compiled, "_looked_in", [])
-    compiled.look_in(output)
+    compiled.look_in(kernels_folder)
 
 
 def conv(into: int, out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:

@@ -3,7 +3,6 @@
 import threading
 from pathlib import Path
 
-import compiled_kernels
 import numpy as np
 import pytest
 import torch
@@ -20,13 +19,11 @@ SIZES = [(1, 1), (3, 2), (4, 4), (5, 7), (8, 8), (14, 13), (31, 33)]
 
 
 @pytest.fixture(scope="module", params=list(kernels.LEVELS))
-def library(request, tmp_path_factory) -> Library:
+def library(request, kernels_folder) -> Library:
     """Each library that this processor can run."""
-    output = tmp_path_factory.mktemp("kernels")
-    compiled_kernels.make(output)
     if not kernels.LEVELS[request.param] <= kernels.instructions():
         pytest.skip(f"this processor can't run x86-64-{request.param}")
-    return Library(output / compiled.made_of() / kernels.FOLDER / f"winograd-{request.param}.so")
+    return Library(kernels_folder / compiled.made_of() / kernels.FOLDER / f"winograd-{request.param}.so")
 
 
 def convolution(source: str, target: str, into: int, out: int, kernel: int = 3, stride: int = 1, **also) -> Convolution:
@@ -77,19 +74,21 @@ def check(got: np.ndarray, want: np.ndarray) -> None:
 def test_maps_of_any_size(library, body, height, width):
     images = images_of(body, 3, height, width)
     plan = Plan(library, body, Shape(*images.shape[1:]))
-    check(plan.run(images, plan.workspace()), wanted(body, images))
+    check(plan.run(images, plan.workspace(library.kernel.crew(1))), wanted(body, images))
 
 
 def test_a_workspace_serves_one_batch_after_the_other(library):
     """What an earlier batch left around the images, or in images that are no longer there, changes nothing."""
     plan = Plan(library, RESIDUAL, Shape(3, 6, 9))
-    workspace = plan.workspace()
+    workspace = plan.workspace(library.kernel.crew(1))
     for rows in (9, 1, 4, 5, 2, 13):
         images = images_of(RESIDUAL, rows, 6, 9)
         got = plan.run(images, workspace)
         check(got, wanted(RESIDUAL, images))
         for row in range(rows):
-            np.testing.assert_array_equal(plan.run(images[row : row + 1], plan.workspace())[0], got[row])
+            np.testing.assert_array_equal(
+                plan.run(images[row : row + 1], plan.workspace(library.kernel.crew(1)))[0], got[row]
+            )
 
 
 def test_large_maps_go_through_in_smaller_groups(library):
@@ -97,7 +96,7 @@ def test_large_maps_go_through_in_smaller_groups(library):
     large = Plan(library, RESIDUAL, Shape(3, 150, 150))
     assert wide.group > large.group >= 1
     images = images_of(RESIDUAL, 3, 150, 150)
-    check(large.run(images, large.workspace()), wanted(RESIDUAL, images))
+    check(large.run(images, large.workspace(library.kernel.crew(1))), wanted(RESIDUAL, images))
 
 
 def test_what_is_not_a_number_stays_so_and_in_its_own_row(library):
@@ -106,7 +105,10 @@ def test_what_is_not_a_number_stays_so_and_in_its_own_row(library):
     images[2, 0, 3, 3] = np.nan
     images[4, 1, 0, 0] = np.inf
     plan = Plan(library, RESIDUAL, Shape(3, 8, 8))
-    got, want = plan.run(images, plan.workspace()), plan.run(clean, plan.workspace())
+    got, want = (
+        plan.run(images, plan.workspace(library.kernel.crew(1))),
+        plan.run(clean, plan.workspace(library.kernel.crew(1))),
+    )
     assert np.isnan(got[2, :, 3, 3]).all()
     assert not np.isfinite(got[4, :, 0, 0]).any()
     for row in (0, 1, 3, 5):
@@ -119,7 +121,7 @@ def test_threads_share_a_plan(library):
     got: dict[int, np.ndarray] = {}
 
     def run(at: int) -> None:
-        workspace = plan.workspace()
+        workspace = plan.workspace(library.kernel.crew(1))
         for _ in range(5):
             got[at] = plan.run(batches[at], workspace)
 
@@ -150,7 +152,7 @@ def test_its_error_is_near_that_of_direct_convolution(library):
         direct = torch.from_numpy(images)
         for layer in layers:
             direct = layer(direct).relu()
-    error = np.abs(plan.run(images, plan.workspace()) - exact).mean()
+    error = np.abs(plan.run(images, plan.workspace(library.kernel.crew(1))) - exact).mean()
     assert error < 8 * np.abs(direct.numpy() - exact).mean()
 
 
@@ -167,10 +169,9 @@ def test_what_it_can_not_compute_is_refused(library, steps, message):
         Plan(library, Body("x", steps[-1].target, steps), Shape(3, 8, 8))
 
 
-def test_the_library_is_the_one_for_this_processor(tmp_path: Path, monkeypatch):
-    compiled_kernels.make(tmp_path)
+def test_the_library_is_the_one_for_this_processor(kernels_folder: Path, monkeypatch):
     monkeypatch.setattr(compiled, "_looked_in", [])
-    compiled.look_in(tmp_path)
+    compiled.look_in(kernels_folder)
     path = compiled.kernel("winograd")
     assert path is not None
     assert Library(path).panel == (64 if kernels.LEVELS["v4"] <= kernels.instructions() else 16)

@@ -20,8 +20,8 @@ class EngineError(Exception):
 class Engine(Protocol):
     """Runs the model of one artefact. Called by one thread at a time; inputs may be read-only and are never changed.
 
-    `name` is the engine's (`eager`, `torchscript`, `onnx`, `onnx-int8`, `exported`, `winograd`), `device` where it
-    really runs (`cpu`, `cuda`).
+    `name` is the engine's (`eager`, `torchscript`, `onnx`, `onnx-int8`, `exported`, `winograd`, `encoder`), `device`
+    where it really runs (`cpu`, `cuda`).
     """
 
     name: str

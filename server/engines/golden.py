@@ -16,7 +16,7 @@ _BF16: Final = 2.0**-5
 """Of an output's largest value: eight roundings of BF16, whose numbers have 8 bits, in the same direction."""
 
 
-_WINOGRAD: Final = 1e-4
+_NATIVE: Final = 1e-4
 """Of an output's largest value, or of 1: stricter, since how exact it is depends on the weights."""
 
 
@@ -53,14 +53,14 @@ class OfLargest:
 def check_golden(engine: Engine, recorded: Golden, manifest: Manifest, precision: Precision = "fp32") -> None:
     """Raise EngineError unless the engine reproduces the recorded outputs.
 
-    To 1e-3; int8 as nearly as the export found; Winograd's convolutions to 1e-4 of an output's largest value, BF16 to
+    To 1e-3; int8 as nearly as the export found; kernels of our own to 1e-4 of an output's largest value, BF16 to
     3 %.
     """
     int8 = manifest.int8 if engine.name == "onnx-int8" else None
     tolerance: Tolerance | OfLargest = Tolerance(precision, int8.tolerance if int8 else _TOLERANCE)
     remedy = "export the model again"
-    if engine.name == "winograd":
-        tolerance, remedy = OfLargest(_WINOGRAD), "its weights need another engine"
+    if engine.name in ("winograd", "encoder"):
+        tolerance, remedy = OfLargest(_NATIVE), "its weights need another engine"
     try:
         got = engine.run(recorded.inputs)
     except Exception as error:

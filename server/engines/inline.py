@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +23,8 @@ _LEAST_RUNS: Final = 3
 _ENOUGH: Final = 0.01
 """Seconds for the runs of one size, after which only the least runs are made."""
 # The code of a module or of TorchScript may do, and wait for, anything; what these do can be seen.
-_SEEN: Final[tuple[Program, ...]] = ("onnx", "onnx-int8")
+_SEEN: Final[Mapping[str, Program]] = {"onnx": "onnx", "onnx-int8": "onnx-int8", "winograd": "onnx", "encoder": "onnx"}
+"""Engines by name, and the program that each reads."""
 _MOST_BYTES: Final = 32 << 20
 """Larger programs are not looked into: Python's lock is kept meanwhile, and what is that large takes longer."""
 
@@ -35,8 +36,7 @@ def seen(engine: Engine) -> bool:
 
 def may_run_inline(engine: Engine, directory: Path, manifest: Manifest) -> bool:
     """Tell whether `engine` would run any batch on the event loop, were it quick enough. OSError for a program gone."""
-    steady_one = any(name == engine.name and _steady(directory, manifest, name) for name in _SEEN)
-    return steady_one and seen(engine) and bool(lengths_of(manifest.inputs))
+    return seen(engine) and bool(lengths_of(manifest.inputs)) and _steady(directory, manifest, _SEEN[engine.name])
 
 
 def lengths_of(inputs: Sequence[TensorSpec]) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ def inline_of(
         if not own:
             break
         found.append(tuple(own))
-    if not found or not all(_steady(directory, manifest, name) for name in _SEEN if name in names):
+    if not found or not all(_steady(directory, manifest, program) for program in {_SEEN[name] for name in names}):
         return NOWHERE
     return Inline(tuple(found), tuple(lengths[: len(found)]) if any(lengths) else ())
 

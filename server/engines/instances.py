@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 MOST_TRIED: Final = 8
 """Instances that are tried at most: threads that end and begin forwards more often than that wait for Python's lock."""
 
-WORTH: Final = 0.95
+WORTH: Final = 0.9
 """How many times as many rows several must answer. In the server they gain more than measured here, where nothing else
 runs: a forward on all processors waits whenever the event loop, or what else the machine does, has one of them."""
 

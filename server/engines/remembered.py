@@ -23,7 +23,7 @@ from layercast.server.settings import MOST_INSTANCES, ModelSettings
 
 logger = logging.getLogger(__name__)
 
-_FORMAT: Final = 8
+_FORMAT: Final = 9
 _BUSY_STARTS: Final = 3
 """Starts in a row, on a machine that is busy with something else, after which what was measured last is kept."""
 _MOST: Final = 512

@@ -21,12 +21,12 @@ from layercast.server.engines.confined import Confined
 from layercast.server.engines.eager import EagerEngine
 from layercast.server.engines.golden import check_golden
 from layercast.server.engines.inline import inline_of, lengths_of, may_run_inline
+from layercast.server.engines.native.engine import NativeEngine
 from layercast.server.engines.onnx import OnnxEngine
 from layercast.server.engines.others import Others
 from layercast.server.engines.programs import ProgramEngine
 from layercast.server.engines.remembered import Remembered
 from layercast.server.engines.source import Source
-from layercast.server.engines.winograd.engine import WinogradEngine
 from layercast.server.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Engines:
     def load(cls, source: Source, candidates: Iterable[Candidate], recorded: Golden, buckets: Buckets) -> Self:
         """Load engines and let each reproduce the golden outputs; EngineError when that can't be.
 
-        The engine `winograd`, where it is not the only one, is left out then: for most weights it is exact enough.
+        One on a kernel of our own, unless it is the only one, is left out then: for most weights it is exact enough.
         """
         eager = source.eager()
         engines = cls(source.engines(candidates, eager), eager)
@@ -58,7 +58,7 @@ class Engines:
             try:
                 check_golden(engine, recorded, source.manifest, source.precision)
             except EngineError as error:
-                if candidate.engine != "winograd" or len(engines.fast) == 1:
+                if not isinstance(engine, NativeEngine) or len(engines.fast) == 1:
                     raise
                 logger.warning("%s: left out: %s", source.manifest.name, error)
                 del engines.fast[candidate]
@@ -87,7 +87,7 @@ class Engines:
 
 def _is_stateless(engine: Engine) -> bool:
     inner = engine.engine if isinstance(engine, Confined) else engine
-    return isinstance(inner, OnnxEngine | WinogradEngine) or (isinstance(inner, ProgramEngine) and inner.is_stateless)
+    return isinstance(inner, OnnxEngine | NativeEngine) or (isinstance(inner, ProgramEngine) and inner.is_stateless)
 
 
 def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Path | None) -> tuple[Choice, Engines]:
@@ -114,6 +114,8 @@ def select(source: Source, settings: ModelSettings, recorded: Golden, folder: Pa
     if engines.eager and engines.eager not in used.values():
         engines.eager.forget_graphs()
     for engine in used.values():
+        if isinstance(engine, NativeEngine):
+            engine.shrink()
         if isinstance(engine, OnnxEngine):
             try:
                 engine.shrink(golden_rows(recorded, 1))

@@ -10,14 +10,15 @@ import torch
 
 from layercast.models.artefact import assert_eval, load_module
 from layercast.models.foreign.trust import Trust
-from layercast.models.manifest import Manifest, Program
+from layercast.models.manifest import Manifest
 from layercast.server.engines import programs
 from layercast.server.engines.base import Engine, EngineError
 from layercast.server.engines.choice import Candidate
 from layercast.server.engines.confined import Confined
 from layercast.server.engines.eager import EagerEngine
+from layercast.server.engines.encoder.engine import EncoderEngine
+from layercast.server.engines.native.engine import NativeEngine, why_not
 from layercast.server.engines.onnx import OnnxEngine
-from layercast.server.engines.winograd import library
 from layercast.server.engines.winograd.engine import WinogradEngine
 from layercast.server.settings import EngineName, ModelSettings, Precision
 
@@ -25,14 +26,11 @@ logger = logging.getLogger(__name__)
 
 # torch.export programs load slowly and run as eager does here; they are used when asked for.
 _TRIED: Final[tuple[EngineName, ...]] = ("onnx", "torchscript")
-_OWN: Final[tuple[EngineName, ...]] = ("onnx", "onnx-int8", "winograd")
-"""Engines that see to their threads themselves. Torch's take those of the thread that runs them."""
+_NATIVE: Final[tuple[EngineName, ...]] = ("winograd", "encoder")
+"""Engines on kernels of layercast's own, for a part of the program `onnx`. That a model does not fit one is no news."""
 
-_RARE: Final[tuple[EngineName, ...]] = ("winograd",)
-"""Engines that few models fit: that one does not is no news."""
-
-_PROGRAMS: Final[dict[EngineName, Program]] = {"winograd": "onnx"}
-"""The program that an engine reads, where its name is another."""
+_OF_RUNTIME: Final[tuple[EngineName, ...]] = ("onnx", "onnx-int8")
+"""Engines of ONNX Runtime, whose sessions have a number of threads each. Others are loaded once for any."""
 
 _CODE: Final[tuple[EngineName, ...]] = ("torchscript", "exported")
 """Programs that are code: of artefacts that are not trusted they run only when asked for by name."""
@@ -71,11 +69,11 @@ class Source:
             raise EngineError(f"engine eager is asked for, but {self.untrusted}")
         if settings.precision == "bf16" and self.untrusted:
             raise EngineError(f"precision bf16 needs engine eager, but {self.untrusted}")
-        if _PROGRAMS.get(asked, asked) not in ("auto", "eager", *self.manifest.programs):
-            which = f"program {_PROGRAMS[asked]}" if asked in _PROGRAMS else "such program"
+        if ("onnx" if asked in _NATIVE else asked) not in ("auto", "eager", *self.manifest.programs):
+            which = "program onnx" if asked in _NATIVE else "such program"
             raise EngineError(f"engine {asked} is asked for, but the artefact has no {which}")
-        if asked == "winograd" and (reason := self._without_winograd()):
-            raise EngineError(f"engine winograd is asked for, but {reason}")
+        if asked in _NATIVE and (reason := self._without(asked)):
+            raise EngineError(f"engine {asked} is asked for, but {reason}")
         names = [asked] if asked != "auto" else self._of_auto(settings)
         return [Candidate(name, threads) for name in names for threads in self._threads(name)]
 
@@ -85,27 +83,31 @@ class Source:
         EngineError when that is so of all.
         """
         engines: dict[Candidate, Engine] = {}
-        in_torch: dict[EngineName, Engine] = {}
-        failed: EngineError | None = None
+        shared: dict[EngineName, Engine] = {"eager": eager} if eager else {}
+        failed: dict[EngineName, EngineError] = {}
         for candidate in candidates:
+            name = candidate.engine
             try:
-                if candidate.engine in _OWN:
+                if name in _OF_RUNTIME:
                     engines[candidate] = self._program(candidate)
                     continue
-                if candidate.engine not in in_torch:
-                    given = eager if candidate.engine == "eager" else None
-                    in_torch[candidate.engine] = given or self._program(candidate)
-                engines[candidate] = self.confined(in_torch[candidate.engine], candidate)
+                if name in failed:
+                    raise failed[name]
+                if name not in shared:
+                    shared[name] = self._program(candidate)
+                engines[candidate] = self.confined(shared[name], candidate)
             except EngineError as error:
-                level = logging.DEBUG if candidate.engine in _RARE else logging.WARNING
+                level = logging.DEBUG if name in _NATIVE else logging.WARNING
                 logger.log(level, "%s: engine %s left out: %s", self.manifest.name, candidate, error)
-                failed = error
+                failed[name] = error.with_traceback(None)  # it would keep this frame, and so every engine
         if failed and not engines:
-            raise failed
+            raise failed[name]
         return engines
 
     def confined(self, engine: Engine, candidate: Candidate) -> Engine:
-        """Return torch's `engine` so that it computes with the candidate's threads: those it would use, or fewer."""
+        """Return `engine`, torch's or on our own kernel, so that it computes with the candidate's threads."""
+        if isinstance(engine, NativeEngine):
+            return engine.with_threads(candidate.threads)
         return engine if candidate.threads == self.threads else Confined(engine, candidate.threads)
 
     def _of_auto(self, settings: ModelSettings) -> list[EngineName]:
@@ -115,8 +117,9 @@ class Source:
         names: list[EngineName] = [
             name for name in _TRIED if name in self.manifest.programs and not (self.untrusted and name in _CODE)
         ]
-        if "onnx" in names and not self._without_winograd():
-            names.insert(names.index("onnx") + 1, "winograd")
+        if "onnx" in names:
+            at = names.index("onnx") + 1
+            names[at:at] = [name for name in _NATIVE if not self._without(name)]
         if settings.allow_int8 and "onnx-int8" in self.manifest.programs and self.device.type == "cpu":
             names.append("onnx-int8")
         if not self.untrusted:
@@ -127,16 +130,14 @@ class Source:
             raise EngineError(f"no program of it can run without its module, and {self.untrusted}{also}")
         return names
 
-    def _without_winograd(self) -> str:
-        """Return why engine winograd can't run here, whatever the model; "" where it can."""
+    def _without(self, name: EngineName) -> str:
+        """Return why the engine `name`, one of `_NATIVE`, can't run here, whatever the model; "" where it can."""
         if self.device.type != "cpu":
             return 'it runs on the CPU; set device = "cpu" for this model'
-        return library.why_not()
+        return why_not(name)
 
     def _threads(self, name: EngineName) -> list[int]:
         """Return how many threads are worth trying: waking another costs what a small batch does."""
-        if name == "winograd":
-            return [1]
         return [1, self.threads] if self.threads > 1 and self.device.type == "cpu" else [self.threads]
 
     def _program(self, candidate: Candidate) -> Engine:
@@ -146,5 +147,7 @@ class Source:
             return programs.exported(self.directory, self.manifest, self.device)
         if candidate.engine == "winograd":
             return WinogradEngine(self.directory, self.manifest)
+        if candidate.engine == "encoder":
+            return EncoderEngine(self.directory, self.manifest)
         name: Literal["onnx", "onnx-int8"] = "onnx-int8" if candidate.engine == "onnx-int8" else "onnx"
         return OnnxEngine(self.directory, self.manifest, self.device, candidate.threads, name)

@@ -4,7 +4,7 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-from layercast.server import compiled
+from layercast.server.engines.native.kernel import Kernel
 
 NAME = "winograd"
 
@@ -29,24 +29,22 @@ class Step(ctypes.Structure):
     )
 
 
+class Member(ctypes.Structure):
+    """As in winograd.cpp."""
+
+    _fields_ = (("steps", ctypes.POINTER(Step)), ("scratch", ctypes.c_void_p))
+
+
 class Library:
-    """The kernel for this processor. `lanes` and `panel` are the channels that it computes together, in and out."""
+    """The kernel for this processor, which computes `lanes` channels in and `panel` channels out together."""
 
     def __init__(self, path: Path) -> None:
-        loaded, pointer, number = ctypes.CDLL(str(path)), ctypes.c_void_p, ctypes.c_int
-        self.lanes = number.in_dll(loaded, "lanes").value
-        self.panel = number.in_dll(loaded, "panel").value
-        self.run = loaded.run
-        """Computes with the calling thread, and without Python's lock."""
-        self.run.argtypes = (pointer, number, pointer, number, number, pointer, pointer)
+        self.kernel, pointer, number = Kernel(path), ctypes.c_void_p, ctypes.c_int
+        self.lanes, self.panel = self.kernel.lanes, self.kernel.panel
+        self.run = self.kernel.loaded.run
+        """Computes with the calling thread and a crew, and without Python's lock."""
+        self.run.argtypes = (ctypes.POINTER(Member), number, pointer, number, number, pointer, pointer)
         self.run.restype = None
-
-
-def why_not() -> str:
-    """Return why the engine can't run here, "" where it can."""
-    if compiled.kernel(NAME) is None:
-        return "its kernel is not compiled (`layercast compile`, on x86-64 with AVX2 or AVX-512)"
-    return ""
 
 
 @cache

@@ -5,14 +5,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from layercast.server.engines.native.memory import Floats, kept
 
 TILE: Final = 4
 """Side of the tiles of results; as in winograd.cpp, like the points."""
 _NEAR: Final = 11 / 16
 _FAR: Final = 3 / 2
-_LINE: Final = 16
-"""Numbers in a line of the cache."""
 
 
 def _filter_matrix() -> NDArray[np.float64]:
@@ -39,14 +37,4 @@ def direct(weights: Floats, panel: int) -> Floats:
 
 def _in_panels(weights: NDArray[np.floating], panel: int) -> Floats:
     positions, depth, _ = weights.shape
-    packed = weights.reshape(positions, depth, -1, panel).transpose(0, 2, 1, 3)
-    kept = aligned(packed.size)
-    kept.reshape(packed.shape)[:] = packed
-    return kept
-
-
-def aligned(size: int) -> Floats:
-    """Return `size` zeros that begin with a line of the cache."""
-    raw = np.zeros(size + _LINE, np.float32)
-    first = -(raw.ctypes.data // raw.itemsize) % _LINE
-    return raw[first : first + size]
+    return kept(weights.reshape(positions, depth, -1, panel).transpose(0, 2, 1, 3))

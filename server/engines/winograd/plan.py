@@ -5,22 +5,21 @@ from collections import defaultdict
 from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from layercast.server.engines.base import EngineError
+from layercast.server.engines.native.kernel import Crew
+from layercast.server.engines.native.memory import Floats, address, aligned, kept
 from layercast.server.engines.winograd import packing
 from layercast.server.engines.winograd.body import Body, Convolution
-from layercast.server.engines.winograd.library import Library, Map, Step
+from layercast.server.engines.winograd.library import Library, Map, Member, Step
 from layercast.server.work import Array
-
-Floats = NDArray[np.float32]
 
 _GROUP: Final = 4
 """Images that go through all steps together, so that their maps stay in the cache from step to step,"""
 _GROUP_BYTES: Final = 32 << 20
 """or fewer, where they are large."""
 _MOST_BYTES: Final = 1 << 29
-"""Of all maps of one image: no number that the library counts with comes near 2^31."""
+"""Of the maps of an image, for all threads: no number that the library counts with comes near 2^31."""
 _TILES: Final = 60
 """Tiles that are transformed together, a multiple of the rows that the kernel multiplies at once,"""
 _TILE_CHANNELS: Final = _TILES * 128
@@ -80,6 +79,8 @@ class Plan:
         image = 4 * sum(shape.size for shape in self.shapes.values())
         if image > _MOST_BYTES:
             raise EngineError(f"its maps take {image >> 20:,} MB an image, more than {_MOST_BYTES >> 20:,}")
+        self.most_threads = _MOST_BYTES // image
+        """That may share a batch, since each has maps of its own."""
         self.group = max(1, min(_GROUP, _GROUP_BYTES // image))
         self._calls = [_call(step, library) for step in body.steps]
 
@@ -88,9 +89,9 @@ class Plan:
         """What comes out."""
         return self.shapes[self._end]
 
-    def workspace(self) -> "Workspace":
-        """Return the memory for one run at a time."""
-        return Workspace(self)
+    def workspace(self, crew: Crew) -> "Workspace":
+        """Return the memory for one run at a time by `crew`."""
+        return Workspace(self, crew)
 
     def run(self, images: Array, workspace: "Workspace") -> Floats:
         """Return the body's end, [rows, channels, height, width], of `images`, which are so too.
@@ -102,9 +103,10 @@ class Plan:
             raise EngineError(f"convolutions: want FP32 {want}, got {images.dtype} {list(images.shape)}")
         images = np.ascontiguousarray(images)
         results = np.empty((len(images), *self.end), np.float32)
+        crew = workspace.crew
         self._library.run(
-            workspace.steps, len(self._calls), images.ctypes.data, len(images), self.group,
-            workspace.scratch.ctypes.data, results.ctypes.data,
+            workspace.members, len(self._calls), images.ctypes.data, len(images), crew.group(self.group, len(images)),
+            results.ctypes.data, crew.pointer,
         )  # fmt: skip
         return results
 
@@ -113,12 +115,12 @@ class Plan:
 
         def place(name: str) -> Map:
             shape = self.shapes[name]
-            return Map(_address(maps[name]), shape.height, shape.width, shape.lines, shape.pitch, shape.channels)
+            return Map(address(maps[name]), shape.height, shape.width, shape.lines, shape.pitch, shape.channels)
 
         every = [
             Step(
                 place(call.source), place(call.target), place(call.shortcut) if call.shortcut else Map(),
-                _address(call.weights), _address(call.bias), call.kernel, call.stride, call.relu, call.block,
+                address(call.weights), address(call.bias), call.kernel, call.stride, call.relu, call.block,
             )
             for call in self._calls
         ]  # fmt: skip
@@ -130,11 +132,11 @@ class Plan:
         Only those: what is zero around an image stays zero then.
         """
         free: dict[Shape, list[Floats]] = defaultdict(list)
-        found = {self._start: packing.aligned(self.group * self.shapes[self._start].size)}
+        found = {self._start: aligned(self.group * self.shapes[self._start].size)}
         last = {name: at for at, step in enumerate(self._calls) for name in (step.source, step.shortcut) if name}
         for at, step in enumerate(self._calls):
             shape = self.shapes[step.target]
-            found[step.target] = free[shape].pop() if free[shape] else packing.aligned(self.group * shape.size)
+            found[step.target] = free[shape].pop() if free[shape] else aligned(self.group * shape.size)
             for name in {step.source, step.shortcut} - {"", self._start}:
                 if last[name] == at:
                     free[self.shapes[name]].append(found[name])
@@ -154,12 +156,14 @@ class Plan:
 
 
 class Workspace:
-    """The memory of one run."""
+    """The memory of one run, for each member of the crew."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._maps = plan.maps()
-        self.scratch = packing.aligned(plan.scratch)
-        self.steps = plan.steps(self._maps)
+    def __init__(self, plan: Plan, crew: Crew) -> None:
+        self.crew = crew
+        self._maps = [plan.maps() for _ in range(crew.members)]
+        self._scratch = [aligned(plan.scratch) for _ in range(crew.members)]
+        self._steps = [plan.steps(maps) for maps in self._maps]
+        self.members = (Member * crew.members)(*map(Member, self._steps, map(address, self._scratch)))
 
 
 def _shapes(body: Body, start: Shape, panel: int) -> dict[str, Shape]:
@@ -191,15 +195,5 @@ def _call(step: Convolution, library: Library) -> _Call:
     pack = packing.transformed if block else packing.direct
     weights = pack(step.weights, library.panel)
     return _Call(
-        step.source, step.target, step.shortcut, weights, _kept(step.bias), step.kernel, step.stride, step.relu, block
+        step.source, step.target, step.shortcut, weights, kept(step.bias), step.kernel, step.stride, step.relu, block
     )
-
-
-def _kept(values: Floats) -> Floats:
-    kept = packing.aligned(values.size)
-    kept[:] = values
-    return kept
-
-
-def _address(array: Floats) -> int:
-    return int(array.ctypes.data)

@@ -1,30 +1,14 @@
 // 3×3 convolutions with fewer multiplications: F(4×4, 3×3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural
-// Networks" (2015), at points that err less than the usual ones. One thread computes; engine.py says what.
+// Networks" (2015), at points that err less than the usual ones. engine.py says what is computed.
 //
 // Maps are NHWC in float32. Around each image lies a border of zeros, and as many more right and below as tiles of 4×4
 // need to cover it. A block of tiles is transformed, multiplied with the transformed weights position by position, and
 // transformed back with bias, shortcut and ReLU, while all of it is in the second-level cache.
 
-#include <algorithm>
-#include <cstddef>
+#include "../native/crew.hpp"
+#include "../native/product.hpp"
 
-#ifdef __AVX512F__
-constexpr int LANES = 16, ROWS = 6, WIDE = 4;  // of 32 registers
-#else
-constexpr int LANES = 8, ROWS = 6, WIDE = 2;  // of 16 registers
-#endif
-constexpr int PANEL = LANES * WIDE;   // output channels that are computed together
 constexpr int TILE = 4, SIDE = TILE + 2, POSITIONS = SIDE * SIDE;
-
-extern "C" const int lanes = LANES;
-extern "C" const int panel = PANEL;
-
-typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-static inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-static inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-// What is not a number stays so, as in torch.
-static inline Vector relu(Vector value) { return value < 0.0f ? Vector{} : value; }
 
 struct Map {
   float* data;
@@ -43,46 +27,7 @@ struct Step {  // one convolution, padded to keep the size where its stride is 1
   int block;  // tiles that are transformed together; 0: no tiles, computed directly
 };
 
-struct Operand {  // rows of the left matrix: `taps` stretches of `depth` numbers each, at these offsets
-  const float* data;
-  ptrdiff_t stride;
-  const ptrdiff_t* offsets;
-  int taps, depth;
-};
-
-struct Result {
-  float* data;
-  ptrdiff_t stride;
-};
-
-// c[R][PANEL] = a · b, all sums in registers.
-template <int R>
-static void multiply(const Operand& a, const float* b, const Result& c) {
-  Vector sum[R][WIDE] = {};
-  for (int tap = 0; tap < a.taps; tap++) {
-    const float* row = a.data + a.offsets[tap];
-    for (int k = 0; k < a.depth; k++, b += PANEL)
-      for (int r = 0; r < R; r++)
-        for (int w = 0; w < WIDE; w++) sum[r][w] += row[r * a.stride + k] * load(b + w * LANES);
-  }
-  for (int r = 0; r < R; r++)
-    for (int w = 0; w < WIDE; w++) store(c.data + r * c.stride + w * LANES, sum[r][w]);
-}
-
-template <int R>
-static void multiply_last(int rows, const Operand& a, const float* b, const Result& c) {
-  if (rows == R) return multiply<R>(a, b, c);
-  if constexpr (R > 1) multiply_last<R - 1>(rows, a, b, c);
-}
-
-static void multiply_rows(int rows, Operand a, const float* b, Result c) {
-  for (; rows > 0; rows -= ROWS, a.data += ROWS * a.stride, c.data += ROWS * c.stride) {
-    if (rows >= ROWS)
-      multiply<ROWS>(a, b, c);
-    else
-      multiply_last<ROWS - 1>(rows, a, b, c);
-  }
-}
+static void as_is(Columns<WIDE>, float*, int) {}
 
 // Bias, shortcut and ReLU of one pixel's channels from `c` on.
 static inline Vector finished(const Step& step, Vector value, const float* add, int c) {
@@ -102,9 +47,9 @@ static void direct(const Step& step, int images) {
       const float* weights = step.weights + static_cast<ptrdiff_t>(panel) * taps * from.channels;
       for (int y = 0; y < to.height; y++) {
         const float* row = from.at(image, y * step.stride + corner, corner);
-        const Operand a{row, static_cast<ptrdiff_t>(step.stride) * from.channels, offsets, taps, from.channels};
+        const Left a{row, static_cast<ptrdiff_t>(step.stride) * from.channels, offsets, taps, from.channels};
         float* target = to.at(image, y, 0) + panel;
-        multiply_rows(to.width, a, weights, Result{target, to.channels});
+        multiply_rows<WIDE>(to.width, a, Right{weights, PANEL}, Result{target, to.channels}, as_is);
         const float* add = step.shortcut.data ? step.shortcut.at(image, y, 0) : nullptr;
         for (int x = 0; x < to.width; x++, target += to.channels, add = add ? add + to.channels : nullptr)
           for (int c = 0; c < PANEL; c += LANES)
@@ -212,9 +157,9 @@ static void by_tiles(const Step& step, int images, float* scratch) {
     tiles_in(step.from, tiles, first, now, v, v_step);
     for (int position = 0; position < POSITIONS; position++)
       for (int panel = 0; panel < out; panel += PANEL) {
-        const Operand a{v + position * v_step, in, &none, 1, in};
+        const Left a{v + position * v_step, in, &none, 1, in};
         const float* weights = step.weights + (static_cast<ptrdiff_t>(position) * out + panel) * in;
-        multiply_rows(now, a, weights, Result{m + position * m_step + panel, out});
+        multiply_rows<WIDE>(now, a, Right{weights, PANEL}, Result{m + position * m_step + panel, out}, as_is);
       }
     tiles_out(step, tiles, first, now, m, m_step);
   }
@@ -239,21 +184,28 @@ static void unpack(const Map& from, int count, float* images) {
       }
 }
 
+struct Member {  // of a crew: what it computes, on maps of its own
+  const Step* steps;
+  float* scratch;
+};
+
 // Convolves `count` images, `group` at a time, from the first step's map to the last one's; NCHW both.
-extern "C" void run(const Step* steps, int length, const float* images, int count, int group, float* scratch,
-                    float* results) {
-  const Map &first = steps[0].from, &last = steps[length - 1].to;
-  const ptrdiff_t in = static_cast<ptrdiff_t>(first.channels) * first.height * first.width;
-  const ptrdiff_t out = static_cast<ptrdiff_t>(last.channels) * last.height * last.width;
-  for (int done = 0; done < count; done += group) {
-    const int now = std::min(group, count - done);
+extern "C" void run(const Member* members, int length, const float* images, int count, int group, float* results,
+                    void* crew) {
+  const Denormals zero;
+  static_cast<Crew*>(crew)->share((count + group - 1) / group, [&](int part, int which) {
+    const Step* const steps = members[which].steps;
+    const Map &first = steps[0].from, &last = steps[length - 1].to;
+    const ptrdiff_t in = static_cast<ptrdiff_t>(first.channels) * first.height * first.width;
+    const ptrdiff_t out = static_cast<ptrdiff_t>(last.channels) * last.height * last.width;
+    const int done = part * group, now = std::min(group, count - done);
     pack(images + done * in, first, now);
     for (int i = 0; i < length; i++) {
       if (steps[i].block)
-        by_tiles(steps[i], now, scratch);
+        by_tiles(steps[i], now, members[which].scratch);
       else
         direct(steps[i], now);
     }
     unpack(last, now, results + done * out);
-  }
+  });
 }

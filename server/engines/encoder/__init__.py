@@ -1,0 +1,1 @@
+"""Engine of layercast's own for transformer encoders: whole blocks in one call."""
