@@ -16,7 +16,7 @@ serve: ## start the server with the models of the zoo; ARGS="--grpc-port 9001" p
 	@scripts/setup.sh serve
 	@exec .venv/bin/layercast serve $(ARGS)
 
-compile: ## make native code of what runs for every request, and of convolutions (C and C++ compilers, 70 s); the server uses it from then on
+compile: ## make native code of what runs for every request, and kernels for ResNets and text models (C and C++ compilers, 80 s); the server uses it from then on
 	@scripts/setup.sh serve
 	@$(PYTHON_BIN) -c 'import mypyc' 2>/dev/null || $(PYTHON_BIN) -m pip install -q -c .venv/constraints.txt -e '.[compile]'
 	@.venv/bin/layercast compile
