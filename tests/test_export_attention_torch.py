@@ -174,9 +174,15 @@ def test_blocks_of_torchs_encoder_become_steps_of_the_engine(tmp_path, length, p
     assert (len(body.masks), len(body.factors)) == (int(padded), int(padded))
 
 
-@pytest.mark.parametrize("kind", ["with weights", "without weights"])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "padded", "bias"),
+    [
+        ("without weights", True, True),
+        ("without weights", False, False),
+        ("with weights", True, False),
+        ("with weights", False, True),
+    ],
+)
 def test_torchs_attention_is_one_operator(tmp_path, kind, padded, bias):
     module, directory = export(tmp_path, "OfTorch", kind=kind, padded=padded, bias=bias)
     assert nodes(directory).count("Attention") == 1
