@@ -21,6 +21,7 @@ from torch import nn
 from layercast.models import registry
 from layercast.models.export.writer import export_artefact
 from layercast.proto.rpc import FEATURES
+from layercast.server import compiled
 
 # A shell that starts the tests in the background makes them, and every process they start, ignore Ctrl-C, which some
 # of them send. A handler of our own is back to the default in a child.
@@ -168,6 +169,13 @@ def connect(direct: Running) -> Iterator[Callable[..., Peer]]:
 def kernels_folder() -> Path:
     """Where the kernels of engines are compiled, without the modules: the sources run."""
     return made_once("kernels", compiled_kernels.make)
+
+
+@pytest.fixture
+def kernels_here(kernels_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let engines of this process find those kernels during the test."""
+    monkeypatch.setattr(compiled, "_looked_in", [])
+    compiled.look_in(kernels_folder)
 
 
 @pytest.fixture(scope="session")

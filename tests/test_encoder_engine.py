@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from layercast.models import registry
 from layercast.models.layers.attention import MultiHeadAttention, TransformerEncoderBlock
 from layercast.models.manifest import Manifest
-from layercast.server import compiled
 from layercast.server.engines.base import EngineError
 from layercast.server.engines.encoder.body import Body, body_of
 from layercast.server.engines.encoder.engine import EncoderEngine
@@ -24,10 +23,7 @@ WIDTH = 32
 PADDING = 256
 
 
-@pytest.fixture(autouse=True)
-def kernel(kernels_folder, monkeypatch) -> None:
-    monkeypatch.setattr(compiled, "_looked_in", [])
-    compiled.look_in(kernels_folder)
+pytestmark = pytest.mark.usefixtures("kernels_here")
 
 
 class Plain(nn.Module):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import compiled_kernels
 import numpy as np
 import pytest
 from encoder_bodies import LOWEST, attention, check, linear, norm, post_norm, pre_norm, run, values_for, wanted
@@ -21,9 +22,7 @@ PADDED = {"mask": "mask", "factor": "factor", "hidden": LOWEST}
 @pytest.fixture(scope="module", params=list(kernels.LEVELS))
 def library(request, kernels_folder) -> Library:
     """Each library that this processor can run."""
-    if not kernels.LEVELS[request.param] <= kernels.instructions():
-        pytest.skip(f"this processor can't run x86-64-{request.param}")
-    return Library(kernels_folder / compiled.made_of() / kernels.FOLDER / f"encoder-{request.param}.so")
+    return Library(compiled_kernels.library_of("encoder", request.param, kernels_folder))
 
 
 @pytest.mark.parametrize("length", LENGTHS)

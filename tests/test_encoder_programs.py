@@ -21,16 +21,11 @@ from encoder_programs import (
 from onnx import TensorProto, helper
 from test_encoder_engine import exported
 
-from layercast.server import compiled
 from layercast.server.engines.base import EngineError
 from layercast.server.engines.encoder.body import body_of
 from layercast.server.engines.encoder.steps import Attention
 
-
-@pytest.fixture(autouse=True)
-def kernel(kernels_folder, monkeypatch) -> None:
-    monkeypatch.setattr(compiled, "_looked_in", [])
-    compiled.look_in(kernels_folder)
+pytestmark = pytest.mark.usefixtures("kernels_here")
 
 
 @pytest.fixture(scope="module")

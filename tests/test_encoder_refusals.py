@@ -11,11 +11,7 @@ from layercast.server import compiled
 from layercast.server.engines.base import EngineError
 from layercast.server.engines.encoder.body import body_of
 
-
-@pytest.fixture(autouse=True)
-def kernel(kernels_folder, monkeypatch) -> None:
-    monkeypatch.setattr(compiled, "_looked_in", [])
-    compiled.look_in(kernels_folder)
+pytestmark = pytest.mark.usefixtures("kernels_here")
 
 
 @pytest.fixture(scope="module")

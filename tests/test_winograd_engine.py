@@ -22,10 +22,7 @@ from layercast.server.engines.winograd.engine import WinogradEngine
 PANEL = 64
 
 
-@pytest.fixture(autouse=True)
-def kernel(kernels_folder, monkeypatch) -> None:
-    monkeypatch.setattr(compiled, "_looked_in", [])
-    compiled.look_in(kernels_folder)
+pytestmark = pytest.mark.usefixtures("kernels_here")
 
 
 def conv(into: int, out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:

@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import compiled_kernels
 import numpy as np
 import pytest
 import torch
@@ -21,9 +22,7 @@ SIZES = [(1, 1), (3, 2), (4, 4), (5, 7), (8, 8), (14, 13), (31, 33)]
 @pytest.fixture(scope="module", params=list(kernels.LEVELS))
 def library(request, kernels_folder) -> Library:
     """Each library that this processor can run."""
-    if not kernels.LEVELS[request.param] <= kernels.instructions():
-        pytest.skip(f"this processor can't run x86-64-{request.param}")
-    return Library(kernels_folder / compiled.made_of() / kernels.FOLDER / f"winograd-{request.param}.so")
+    return Library(compiled_kernels.library_of("winograd", request.param, kernels_folder))
 
 
 def convolution(source: str, target: str, into: int, out: int, kernel: int = 3, stride: int = 1, **also) -> Convolution:

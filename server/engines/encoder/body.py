@@ -21,9 +21,6 @@ _HIDDEN: Final = -10000.0
 _EPSILON: Final = 1e-5
 """Defaults of operators."""
 
-_MOST_STARTS: Final = 64
-"""Runs that are looked at: of each, all that follows is."""
-
 
 class Body(NamedTuple):
     """Steps that compute the value `end`, [rows, length, width], from the value `start`, which is so too.
@@ -63,14 +60,7 @@ def body_of(content: bytes, lanes: int) -> Body | None:
     """
     graph = Graph(content)
     reader = _Reader(graph, lanes)
-    found: list[Body] = []
-    inside: set[str] = set()
-    for start in reader.starts:
-        if start in inside or len(found) == _MOST_STARTS:
-            continue
-        steps = graph.usable(reader.run_from(start))
-        inside.update(step.target for step in steps[:-1])
-        found.append(Body(start, steps[-1].target if steps else start, steps))
+    found = [Body(start, steps[-1].target, steps) for start, steps in graph.runs(reader.starts, reader.run_from)]
     best = max(found, key=lambda body: body.worth, default=None)
     return best if best and best.worth else None
 

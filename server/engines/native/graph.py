@@ -1,7 +1,7 @@
 """Reads the graph of an ONNX program for what a kernel can compute of it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import numpy as np
@@ -27,6 +27,8 @@ class Step(Protocol):
 
 _Step = TypeVar("_Step", bound=Step)
 
+_MOST_STARTS: Final = 64
+"""Runs that are looked at: of each, all that follows is."""
 _OPSET: Final = 7
 """Of ONNX's own operators; until then they say in attributes how shapes are matched."""
 
@@ -67,6 +69,21 @@ class Graph:
     def is_used_once(self, name: str) -> bool:
         """Tell whether one node, and nothing else, reads the value `name`, and does so once."""
         return self._uses[name] == 1
+
+    def runs(
+        self, starts: Iterable[str], run_from: Callable[[str], Sequence[_Step]]
+    ) -> Iterator[tuple[str, tuple[_Step, ...]]]:
+        """Yield, of what follows from each of the `starts`, the usable beginning; not of a start that lies in one."""
+        inside: set[str] = set()
+        looked_at = 0
+        for start in starts:
+            if start in inside or looked_at == _MOST_STARTS:
+                continue
+            looked_at += 1
+            steps = self.usable(run_from(start))
+            inside.update(step.target for step in steps[:-1])
+            if steps:
+                yield start, steps
 
     def usable(self, steps: Sequence[_Step]) -> tuple[_Step, ...]:
         """Return the longest beginning of `steps` of which the rest of the program uses only the last's target."""

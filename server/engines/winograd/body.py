@@ -15,10 +15,6 @@ _PADDING: Final = {1: [0, 0, 0, 0], 3: [1, 1, 1, 1]}
 """Of each kernel that is computed, all around: with stride 1, what comes out is as large as what goes in."""
 
 
-_MOST_STARTS: Final = 64
-"""Runs that are looked at: of each, all that follows is."""
-
-
 @dataclass(frozen=True, eq=False)
 class Convolution:
     """A convolution, and the sum and the ReLU that follow it; values are named as in the program.
@@ -71,14 +67,7 @@ def body_of(content: bytes, panel: int) -> Body | None:
     """
     graph = Graph(content)
     reader = _Reader(graph, panel)
-    found: list[Body] = []
-    inside: set[str] = set()
-    for start in reader.starts:
-        if start in inside or len(found) == _MOST_STARTS:
-            continue
-        steps = graph.usable(reader.run_from(start))
-        inside.update(step.target for step in steps[:-1])
-        found.append(Body(start, steps[-1].target if steps else start, steps))
+    found = [Body(start, steps[-1].target, steps) for start, steps in graph.runs(reader.starts, reader.run_from)]
     best = max(found, key=lambda body: body.worth, default=None)
     return best if best and best.worth else None
 
