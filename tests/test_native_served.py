@@ -29,8 +29,8 @@ FRONT_ENDS = [
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def case(request, repository, modules, tmp_path_factory) -> Case:
-    return case_of(request.param, repository, modules, tmp_path_factory.mktemp("exported"))
+def case(request, repository, modules) -> Case:
+    return case_of(request.param, repository, modules)
 
 
 def asking(case: Case, root: Path, *others: Path) -> Path:
