@@ -44,7 +44,9 @@ class Surroundings:
         free = {f"LAYERCAST_{name.upper()}_PORT": "0" for name in _DEFAULT_PORTS.values()}
         url = {"LAYERCAST_URL": f"127.0.0.1:{self.ports['grpc']}"} if self.ports else {}
         folders = {"LAYERCAST_REPOSITORY": str(self.repository), "LAYERCAST_CACHE": str(cache())}
-        return {**kept, **own, **free, **url, **folders}
+        # As other servers of the tests have it, so that their choices of engines are remembered.
+        alone = {"LAYERCAST_INSTANCES": "1"}
+        return {**kept, **own, **free, **url, **folders, **alone}
 
     def code(self, block: Block) -> str:
         """Return the block's text with the default addresses replaced by those of the server."""

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from layercast.client.main import main
 from layercast.server import compiled, kernels
 from layercast.server.commands import compile
 
-FOLDER = TESTS.parent / "build" / "compiled"
+FOLDER = TESTS.parent / "build" / "compiled-for-tests"
 """Kept from run to run: what is compiled there is named after the sources."""
 MODULES = (
     "test_bad_requests", "test_batcher_endings", "test_direct_streams", "test_network_faults", "test_reload",
@@ -46,8 +47,22 @@ asyncio.run(main())
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly() -> Iterator[None]:
+    """Let the C compiler optimise nothing, which is most of its work: the code does the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MYPYC_OPT_LEVEL", "0")
+        yield
+
+
+@pytest.fixture
+def kernels_quickly(monkeypatch) -> None:
+    """The same for kernels that nobody runs."""
+    monkeypatch.setattr(kernels, "_FLAGS", ("-O0", *kernels._FLAGS[1:]))
+
+
 @pytest.fixture(scope="module")
-def folder() -> Path:
+def folder(quickly) -> Path:
     assert main(["compile", "--output", str(FOLDER)]) == 0
     (root,) = FOLDER.glob(compiled.made_of())
     assert kernels.are_whole(root / "kernels") or kernels.missing()
@@ -209,7 +224,7 @@ def test_another_one_at_work_is_waited_for_and_its_folder_left_alone(tmp_path):
     assert process.returncode == 0
 
 
-def test_another_mypy_makes_it_again_and_none_keeps_it(tmp_path, monkeypatch, capsys):
+def test_another_mypy_makes_it_again_and_none_keeps_it(tmp_path, kernels_quickly, monkeypatch, capsys):
     monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.inline"))
     root = tmp_path / compiled.made_of()
     pretend(root)
@@ -228,7 +243,7 @@ def no_such_package(name: str) -> str:
     raise PackageNotFoundError(name)
 
 
-def test_what_was_made_of_other_sources_goes(tmp_path, monkeypatch, capsys):
+def test_what_was_made_of_other_sources_goes(tmp_path, kernels_quickly, monkeypatch, capsys):
     monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.inline"))
     pretend(tmp_path / ("0" * 24))
     (tmp_path / compiled.made_of() / "library").mkdir(parents=True)  # half of it, of a removal that was cut off
@@ -246,7 +261,9 @@ def test_what_was_made_of_other_sources_goes(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(bool(kernels.missing()), reason=f"no kernels can be compiled here: {kernels.missing()}")
-def test_without_a_cpp_compiler_it_goes_on_and_a_later_one_makes_the_kernels_alone(tmp_path, monkeypatch, capsys):
+def test_without_a_cpp_compiler_it_goes_on_and_a_later_one_makes_the_kernels_alone(
+    tmp_path, kernels_quickly, monkeypatch, capsys
+):
     monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.inline"))
     root, without = tmp_path / compiled.made_of(), "layercast compile: without engine winograd, encoder: "
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -61,9 +61,9 @@ def instruction(name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    subprocess.run([COMMAND, "export", "mnist", "--output", folder], check=True, capture_output=True)
+    shutil.copytree(repository / "mnist", folder / "mnist")
     return folder
 
 
@@ -93,8 +93,8 @@ def wait_for(probe: Callable[[], Answer], seconds: float = 60) -> Answer:
 
 
 @pytest.fixture
-def container(repository: Path) -> Iterator[Container]:
-    _layercast, *arguments = [part.replace("/models", str(repository)) for part in instruction("ENTRYPOINT")]
+def container(models: Path) -> Iterator[Container]:
+    _layercast, *arguments = [part.replace("/models", str(models)) for part in instruction("ENTRYPOINT")]
     command = sealed(COMMAND, *arguments)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:

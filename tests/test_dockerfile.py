@@ -2,13 +2,13 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import compiled_kernels
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -89,12 +89,14 @@ def test_the_server_finds_compiled_code_of_its_own_sources_and_interpreter(monke
 
 
 @pytest.mark.parametrize("made", [True, False])
-def test_an_image_without_the_kernels_that_can_be_made_is_not_built(tmp_path: Path, made: bool) -> None:
+def test_an_image_without_the_kernels_that_can_be_made_is_not_built(
+    tmp_path: Path, request: pytest.FixtureRequest, made: bool
+) -> None:
     *_, (_, text) = stage("compile")
     _, *arguments = json.loads(text)
     folder = tmp_path / "share/layercast/compiled"
     if made:
-        compiled_kernels.make(folder)
+        shutil.copytree(request.getfixturevalue("kernels_folder"), folder)
     # The modules are taken to be there: to make them takes a minute.
     code = (
         "import sys; sys.prefix = sys.argv[1]; from layercast.server import compiled, kernels; "

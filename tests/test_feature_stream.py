@@ -145,7 +145,7 @@ def test_a_deadline_ends_it_and_is_counted_as_one(served):
     before = ended(served, "shared", "DEADLINE_EXCEEDED")
     served.on_loop(model.batcher.hold)
     with pytest.raises(grpc.RpcError) as raised:
-        list(stream(served, asked("shared", rows_for("shared", 3), ["*"]), timeout=0.2))
+        list(stream(served, asked("shared", rows_for("shared", 3), ["*"]), timeout=1.0))
     served.on_loop(model.batcher.release)
     assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     wait_until(served, lambda: ended(served, "shared", "DEADLINE_EXCEEDED") == before + 1)

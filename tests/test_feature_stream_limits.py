@@ -214,7 +214,7 @@ def test_a_whole_shutdown_ends_with_the_last_part(root):
 def test_a_late_stream_counts_once(root):
     with held(root) as (server, _):
         with pytest.raises(grpc.RpcError) as raised:
-            list(stream(server, timeout=0.2))
+            list(stream(server, timeout=1.0))
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         wait_until(server, lambda: failed(server, "DEADLINE_EXCEEDED") == 1)
         assert ends(server) == {("rejected", "deadline"): 1, ("expired", "queued"): 1}

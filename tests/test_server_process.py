@@ -111,9 +111,9 @@ def test_it_says_what_it_serves_answers_and_stops_on_sigterm(repository, modules
         assert server.popen.returncode == 0
 
 
-def test_ctrl_c_drains_what_waits_and_exits_zero(repository, modules):
+def test_ctrl_c_drains_what_waits_and_exits_zero(one_model, modules):
     """A delay longer than the test keeps the rows in the queue; the drain answers them instead of waiting."""
-    with serving(repository, *FREE, "--max-delay-ms", "9000") as server:
+    with serving(one_model, *FREE, "--max-delay-ms", "9000") as server:
         ports = server.read_until(READY)
         x = rows_for("shared", 2)
         method = INFERENCE["ModelInfer"]
@@ -137,22 +137,22 @@ def wait_for_queue(port: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("option", ["--grpc-port", "--http-port", "--metrics-port"])
-def test_a_port_in_use_is_one_clear_line(repository, option):
+def test_a_port_in_use_is_one_clear_line(one_model, option):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with serving(repository, *FREE, option, str(port)) as server:
+        with serving(one_model, *FREE, option, str(port)) as server:
             server.read_until(rf"layercast serve: .*port {port} on 127\.0\.0\.1 is in use.*{option}")
             assert "Traceback" not in server.rest()
             assert server.popen.returncode == 1
             assert not [line for line in server.lines if "add_port" in line]
 
 
-def test_a_second_server_on_the_ports_of_a_running_one_is_refused_and_the_first_goes_on(repository, modules):
-    with serving(repository, *FREE) as first:
+def test_a_second_server_on_the_ports_of_a_running_one_is_refused_and_the_first_goes_on(one_model, modules):
+    with serving(one_model, *FREE) as first:
         ports = first.read_until(READY)
-        with serving(repository, "--grpc-port", ports[1], "--http-port", "0", "--metrics-port", "0") as second:
+        with serving(one_model, "--grpc-port", ports[1], "--http-port", "0", "--metrics-port", "0") as second:
             second.read_until("is in use")
             second.rest()
             assert second.popen.returncode == 1
@@ -178,8 +178,8 @@ def test_wrong_options_are_told_and_exit_with_two_or_one():
     assert "is not a folder" in missing.stderr
 
 
-def test_a_protobuf_that_hostile_messages_can_bring_down_stops_the_start(repository):
-    refused = run("serve", "--repository", str(repository), *FREE, PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION="python")
+def test_a_protobuf_that_hostile_messages_can_bring_down_stops_the_start(one_model):
+    refused = run("serve", "--repository", str(one_model), *FREE, PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION="python")
     assert refused.returncode == 1
     assert "protobuf runs on its 'python' implementation" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -221,7 +221,7 @@ def test_a_deadline_in_the_middle_ends_the_stream_after_its_answers(served):
     answers = served.stream(gate, timeout=30)
     assert [next(answers).infer_response.id for _ in range(3)] == ["0", "1", "2"]
     assert list(answers) == []
-    late = held(served, rows(range(5)), 5, timeout=0.6)
+    late = held(served, rows(range(5)), 5, timeout=1.0)
     with pytest.raises(grpc.RpcError) as raised:
         next(late)
     assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

@@ -17,7 +17,10 @@ from layercast.proto.rpc import INFERENCE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 
-_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--device", "cpu")
+_MOST = 16
+_OPTIONS = (
+    "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--device", "cpu", "--max-batch", str(_MOST)
+)  # fmt: skip
 _OF_GRPC = re.compile(r"event_engine|grpc_global_tim|lifeguard|timer_manager")
 _DOCS = Path(__file__).parents[1] / "docs" / "serving.md"
 
@@ -33,7 +36,7 @@ def documented(processors: int, instances: int) -> int:
 def server(repository: Path, cache: Path, processors: int, *options: str, patch: str = "") -> Iterator[Process]:
     allowed = sorted(os.sched_getaffinity(0))[:processors]
     confined = f"import os; os.sched_setaffinity(0, {allowed})\n"
-    options = ("--cache", str(cache), *_PORTS, *options)
+    options = ("--cache", str(cache), *_OPTIONS, *options)
     with serving(repository, *options, patch=confined + patch) as process:
         yield process
 
@@ -44,7 +47,7 @@ def ask(process: Process) -> None:
     method = INFERENCE["ModelInfer"]
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         infer = channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
-        for rows, outputs in ((1, ()), (64, ()), (8, ("layer:stem",))):
+        for rows, outputs in ((1, ()), (_MOST, ()), (8, ("layer:stem",))):
             calls = [infer.future(request("resnet", rows_for("resnet", rows), outputs), timeout=60) for _ in range(3)]
             assert all(call.result().outputs for call in calls)
 
