@@ -1,6 +1,8 @@
 """Fixtures that many tests share; the expensive ones are made once a session."""
 
+import functools
 import gc
+import importlib
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -39,6 +41,29 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
         gc.collect()
         gc.freeze()
+
+
+_torchs_export = torch.onnx.export
+
+
+@functools.cache
+def _keep_operators() -> None:
+    """Let torch make its table of operators once: each of hundreds of small exports would take a quarter longer.
+
+    What was loaded for the first of them is left to the end of the process too.
+    """
+    table = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    table.from_torchlib = staticmethod(functools.cache(table.from_torchlib))
+    gc.collect()
+    gc.freeze()
+
+
+def _export(*args: Any, **options: Any) -> Any:
+    _keep_operators()
+    return _torchs_export(*args, **options)
+
+
+torch.onnx.export = _export
 
 
 CARDS: dict[str, dict[str, Any]] = {

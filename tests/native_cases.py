@@ -42,9 +42,9 @@ class Case:
 ENGINES = ("winograd", "encoder")
 
 
-def case_of(engine: str, repository: Path, modules: dict[str, nn.Module], root: Path) -> Case:
-    """Return the case of an engine, which may be exported to `root`."""
+def case_of(engine: str, repository: Path, modules: dict[str, nn.Module]) -> Case:
+    """Return the case of an engine."""
     if engine == "winograd":
         return Case("winograd", repository / "resnet" / "1", modules["resnet"], "convolution")
-    module, directory = exported("before", root)
+    module, directory = exported("before")
     return Case("encoder", directory, module, "self-attention")

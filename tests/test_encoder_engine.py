@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from encoder_programs import LANES
+from one_run import made_once
 from test_onnx_layers import write
 from torch import Tensor, nn
 
@@ -103,7 +104,8 @@ OUTPUTS = {
 }  # fmt: skip
 
 
-def exported(name: str, root: Path) -> tuple[nn.Module, Path]:
+def exported(name: str) -> tuple[nn.Module, Path]:
+    """Return the module and its artefact, which is for all tests of a run."""
     torch.manual_seed(1)
     of_text = name in ("before", "after")
     arguments: dict[str, Any] = TEXT | {"norm_first": name == "before"} if of_text else {}
@@ -123,7 +125,8 @@ def exported(name: str, root: Path) -> tuple[nn.Module, Path]:
         "name": name.lower(), "architecture": architecture, "arguments": arguments,
         "inputs": [text if of_text else tokens], "outputs": outputs,
     }  # fmt: skip
-    return module.eval(), write(module.eval(), card, root)
+    root = made_once(f"encoder-{name}", lambda root: write(module.eval(), card, root))
+    return module.eval(), root / card["name"] / "1"
 
 
 def inputs_for(name: str, rows: int, length: int) -> dict[str, Tensor]:
@@ -153,8 +156,8 @@ def found(name: str, directory: Path) -> Body:
         ("after", 12, True, True, "gelu"),
     ],
 )
-def test_outputs_are_those_of_the_module(tmp_path, name, steps, before, behind, activation):
-    module, directory = exported(name, tmp_path)
+def test_outputs_are_those_of_the_module(name, steps, before, behind, activation):
+    module, directory = exported(name)
     body = found(name, directory)
     assert len(body.steps) == steps
     assert (body.start != "x", body.end != "output0") == (before, behind)
@@ -176,8 +179,8 @@ def test_outputs_are_those_of_the_module(tmp_path, name, steps, before, behind, 
             np.testing.assert_allclose(shared[key], values, rtol=0, atol=1e-6)
 
 
-def test_what_each_step_is(tmp_path):
-    _, directory = exported("after", tmp_path)
+def test_what_each_step_is():
+    _, directory = exported("after")
     body = found("after", directory)
     kinds = ["Attention", "Linear", "Norm", "Linear", "Linear", "Norm"]
     assert [type(step).__name__ for step in body.steps] == kinds * 2
@@ -189,16 +192,16 @@ def test_what_each_step_is(tmp_path):
     assert body.worth == 2 * (WIDTH * 4 * WIDTH + 2 * WIDTH * 48 + 2 * WIDTH)
 
 
-def test_without_heads_of_whole_vectors_it_says_so(tmp_path):
-    _, directory = exported("Narrow", tmp_path)
+def test_without_heads_of_whole_vectors_it_says_so():
+    _, directory = exported("Narrow")
     reason = "engine encoder can't run it: it has no fused self-attention with heads of a multiple of"
     with pytest.raises(EngineError, match=reason):
         EncoderEngine(directory, Manifest.read(directory))
 
 
 @pytest.mark.parametrize("name", ["Plain", "Rectified", "after"])
-def test_no_rows_and_no_tokens_give_what_onnx_runtime_gives(tmp_path, name):
-    _, directory = exported(name, tmp_path)
+def test_no_rows_and_no_tokens_give_what_onnx_runtime_gives(name):
+    _, directory = exported(name)
     manifest = Manifest.read(directory)
     engine, onnx = (
         EncoderEngine(directory, manifest).with_threads(2),
@@ -212,8 +215,8 @@ def test_no_rows_and_no_tokens_give_what_onnx_runtime_gives(tmp_path, name):
             np.testing.assert_allclose(engine.run(inputs)[key], values, rtol=0, atol=1e-6)
 
 
-def test_what_is_of_another_shape_never_reaches_the_library(tmp_path):
-    _, directory = exported("Plain", tmp_path)
+def test_what_is_of_another_shape_never_reaches_the_library():
+    _, directory = exported("Plain")
     engine = EncoderEngine(directory, Manifest.read(directory))
     for shape in ((2, 5, WIDTH + 1), (2, WIDTH), (2, 5, 5, WIDTH), (WIDTH,), (2, 5, 0)):
         with pytest.raises(EngineError, match=rf"'x': want float32 \[.*{WIDTH}\], got float32"):

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.usefixtures("kernels_here")
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
+def directory() -> Path:
     """An artefact that gets other programs."""
-    return exported("Plain", tmp_path_factory.mktemp("exported"))[1]
+    return exported("Plain")[1]
 
 
 @pytest.mark.parametrize(

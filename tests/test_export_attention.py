@@ -2,6 +2,7 @@
 
 import math
 
+import beside
 import numpy as np
 import onnx
 import pytest
@@ -64,7 +65,7 @@ class Other(nn.Module):
         self.to(torch.float64 if kind == "double" else torch.float32)
 
     def forward(self, x):
-        length = x.shape[1]
+        x, length = x.to(self.scales.dtype), x.shape[1]
         masks = {
             "boolean": torch.ones(length, length, dtype=torch.bool, device=x.device).triu(2),
             "additive": torch.ones(length, length, device=x.device).triu(1),
@@ -198,23 +199,28 @@ def test_layers_around_attention_without_a_mask_are_read_from_the_program_and_ma
     np.testing.assert_allclose(got[maps[0]].sum(-1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["boolean", "additive", "causal", "keys", "values", "weights", "scales", "a row's own scale", "one head", "double"],
-)
-def test_other_attention_keeps_torchs_steps(tmp_path, kind):
-    torch.manual_seed(4)
-    module, card = Other(kind).eval(), dict(SEQUENCE)
-    if kind == "double":
-        card |= {name: [{**SEQUENCE[name][0], "datatype": "FP64"}] for name in ("inputs", "outputs")}
-    arguments = {"kind": kind}
-    directory = export(module, tmp_path, architecture="test_export_attention:Other", arguments=arguments, **card)
-    assert fused(directory) == 0
-    assert max(Manifest.read(directory).parity["onnx"].values()) <= 1e-4
+OTHERS = (
+    "boolean", "additive", "causal", "keys", "values", "weights", "scales", "a row's own scale", "one head", "double",
+)  # fmt: skip
 
 
-def test_attention_by_hand_is_found_where_it_is_the_same(tmp_path):
-    arguments = {"kind": "by hand"}
-    module = Other(**arguments).eval()
-    directory = export(module, tmp_path, architecture="test_export_attention:Other", arguments=arguments, **SEQUENCE)
-    assert fused(directory) == 1
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """The artefact of all other attention, and of one that is the same: were a wrong one fused, none would be."""
+    parts = {kind: {"kind": kind} for kind in (*OTHERS, "by hand")}
+    inputs, output = SEQUENCE["inputs"], {"datatype": "FP32", "shape": [-1, -1, 8]}
+    root, of = tmp_path_factory.mktemp("others"), "test_export_attention:Other"
+    return beside.export(root, of, parts, inputs, output, double={"datatype": "FP64"})[1]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_attention_keeps_torchs_steps(others, kind):
+    found = [node.op_type for node in beside.nodes_of(others, kind)]
+    assert "Attention" not in found
+    assert "Softmax" in found
+    assert max(Manifest.read(others).parity["onnx"].values()) <= 1e-4
+
+
+def test_attention_by_hand_is_found_where_it_is_the_same(others):
+    assert [node.op_type for node in beside.nodes_of(others, "by hand")].count("Attention") == 1
+    assert fused(others) == 1

@@ -1,14 +1,13 @@
 """Torch's own attention in the ONNX program: one operator where that gives the same, torch's steps elsewhere."""
 
+import beside
 import numpy as np
-import onnx
 import pytest
 import torch
 from onnx_layers import CPU, close, program
 from torch import nn
 from torch.nn import functional
 
-from layercast.models.export.writer import export_artefact
 from layercast.models.manifest import Manifest
 from layercast.models.onnx_runtime import onnxruntime
 from layercast.models.onnx_shapes import steady
@@ -18,10 +17,12 @@ from layercast.server.engines.encoder.steps import Attention, Linear
 from layercast.server.work import Tap
 
 WIDTH = 16
+PASSES = {"plain": 2, "boolean": 2}
+"""How often a block of that kind is gone through; others are once."""
 
 
 class Projected(nn.Module):
-    """Two residual blocks by `scaled_dot_product_attention`; `kind` tells how they project, mask and what is odd."""
+    """Residual blocks by `scaled_dot_product_attention`; `kind` tells how they project, mask and what is odd."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Projected(nn.Module):
         }.get(self.kind)
 
     def forward(self, x, mask):
-        for _ in range(2):
+        for _ in range(PASSES.get(self.kind, 1)):
             q, k, v = self.heads(x)
             causal = self.kind == "causal"
             attended = functional.scaled_dot_product_attention(q, k, v, self.mask(x, mask), is_causal=causal)
@@ -62,12 +63,14 @@ class Projected(nn.Module):
 class OfTorch(nn.Module):
     """`nn.MultiheadAttention`, alone (`kind` tells how it is called) or in `nn.TransformerEncoder`."""
 
-    def __init__(self, kind: str, heads: int = 2, padded: bool = False, bias: bool = True, **options) -> None:
+    def __init__(
+        self, kind: str, heads: int = 2, padded: bool = False, bias: bool = True, layers: int = 1, **options
+    ) -> None:
         super().__init__()
         self.kind, self.padded = kind, padded
         if kind == "encoder":
             layer = nn.TransformerEncoderLayer(WIDTH, heads, 32, batch_first=True, **options)
-            self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         else:
             self.attn = nn.MultiheadAttention(WIDTH, heads, batch_first=True, bias=bias)
         for name, parameter in self.named_parameters():
@@ -97,24 +100,18 @@ class OfTorch(nn.Module):
         return output + weights.amax(-1, keepdim=True) if self.kind == "weights" else output
 
 
-def export(root, name, length=-1, card_says=None, **arguments):
-    torch.manual_seed(3)
-    module = globals()[name](**arguments).eval()
-    card = {
-        "name": "m", "architecture": f"test_export_attention_torch:{name}", "arguments": arguments,
-        "inputs": [
-            {"name": "x", "datatype": "FP32", "shape": [-1, length, WIDTH]},
-            {"name": "mask", "datatype": "INT64", "shape": [-1, length], "range": [0, 1], "pad": 0}
-            | (card_says or {}),
-        ],
-        "outputs": [{"name": "output", "datatype": "FP32", "shape": [-1, length, WIDTH]}],
-    }  # fmt: skip
-    export_artefact(module, card, root / "m" / "1", programs=("onnx",))
-    return module, root / "m" / "1"
+def export(root, name, parts, length=-1, card_says=None):
+    """Export modules of the class `name` beside each other."""
+    inputs = [
+        {"name": "x", "datatype": "FP32", "shape": [-1, length, WIDTH]},
+        {"name": "mask", "datatype": "INT64", "shape": [-1, length], "range": [0, 1], "pad": 0} | (card_says or {}),
+    ]
+    output = {"datatype": "FP32", "shape": [-1, length, WIDTH]}
+    return beside.export(root, f"test_export_attention_torch:{name}", parts, inputs, output)
 
 
-def nodes(directory):
-    return [node.op_type for node in onnx.load(directory / "model.onnx").graph.node]
+def nodes(directory, part):
+    return [node.op_type for node in beside.nodes_of(directory, part)]
 
 
 def batches(lengths):
@@ -127,105 +124,138 @@ def batches(lengths):
         yield {"x": generator.standard_normal((rows, length, WIDTH)).astype("f4"), "mask": mask}
 
 
-def check(module, directory, lengths=(1, 32, 19)):
+def check(module, directory, part, lengths=(1, 32, 19)):
     content = (directory / "model.onnx").read_bytes()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     given = {value.name for value in session.get_inputs()}
     for inputs in batches(lengths):
         with torch.no_grad():
-            wanted = module(**{name: torch.from_numpy(value) for name, value in inputs.items()}).numpy()
-        (got,) = session.run(None, {name: value for name, value in inputs.items() if name in given})
+            wanted = module.named[part](**{name: torch.from_numpy(value) for name, value in inputs.items()}).numpy()
+        (got,) = session.run([beside.output_of(part)], {name: value for name, value in inputs.items() if name in given})
         np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=0)
     assert steady(content)
 
 
-@pytest.mark.parametrize(
-    ("kind", "length"),
-    [(kind, -1) for kind in ("plain", "no bias", "thirds", "chunks", "boolean", "hidden")]
-    + [(kind, 28) for kind in ("thirds", "boolean")],
-)
-def test_attention_of_separate_or_packed_projections_is_one_operator(tmp_path, kind, length):
-    module, directory = export(tmp_path, "Projected", length, kind=kind)
-    found = nodes(directory)
-    assert found.count("Attention") == 2
+FUSED = ("plain", "no bias", "thirds", "chunks", "boolean", "hidden")
+PROJECTED = {kind: {"kind": kind} for kind in (*FUSED, "chunks mixed up", "square", "causal", "keys")}
+OF_TORCH = {
+    "without weights": {"kind": "without weights", "padded": True, "bias": True},
+    "without weights or padding": {"kind": "without weights", "padded": False, "bias": False},
+    "with weights": {"kind": "with weights", "padded": True, "bias": False},
+    "with weights, without padding": {"kind": "with weights", "padded": False, "bias": True},
+    **{kind: {"kind": kind} for kind in ("additive", "causal", "keys", "weights")},
+}
+
+
+@pytest.fixture(scope="module")
+def projected(tmp_path_factory):
+    """All of `PROJECTED`; were one rewritten to what gives something else, none would be rewritten."""
+    return export(tmp_path_factory.mktemp("projected"), "Projected", PROJECTED)
+
+
+@pytest.fixture(scope="module")
+def of_torch(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("of_torch"), "OfTorch", OF_TORCH)
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory):
+    """Two layers of torch's encoder, with padding."""
+    arguments = {"kind": "encoder", "padded": True, "layers": 2, "norm_first": False, "activation": "relu"}
+    return export(tmp_path_factory.mktemp("layered"), "OfTorch", {"output": arguments})
+
+
+def assert_fused(directory, kind):
+    found = nodes(directory, kind)
+    assert found.count("Attention") == PASSES.get(kind, 1)
     assert not {"Softmax", "Transpose", "Reshape"} & set(found)
-    check(module, directory, (1, 32, 19) if length < 0 else (28, 28, 28))
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_attention_of_separate_or_packed_projections_is_one_operator(projected, kind):
+    assert_fused(projected[1], kind)
+    check(*projected, kind)
+
+
+def test_so_it_is_where_the_length_is_fixed(tmp_path):
+    fixed = export(tmp_path, "Projected", {kind: {"kind": kind} for kind in ("thirds", "boolean")}, length=28)
+    for kind in fixed[0].named:
+        assert_fused(fixed[1], kind)
+        check(*fixed, kind, (28, 28, 28))
+
+
+def assert_steps(module, directory, length, padded, heads, layers):
+    found = nodes(directory, "output")
+    assert found.count("Attention") == layers
+    assert not {"Softmax", "Transpose", "Reshape", "Gemm"} & set(found)
+    check(module, directory, "output", (1, 32, 19) if length < 0 else (28, 28, 28))
+    body = body_of((directory / "model.onnx").read_bytes(), WIDTH // heads)
+    assert body is not None
+    assert sum(isinstance(step, Attention) for step in body.steps) == layers
+    assert sum(isinstance(step, Linear) for step in body.steps) == 3 * layers
+    assert (len(body.masks), len(body.factors)) == (int(padded), int(padded))
+
+
+def test_blocks_of_torchs_encoder_become_steps_of_the_engine(layered):
+    assert_steps(*layered, -1, padded=True, heads=2, layers=2)
 
 
 @pytest.mark.parametrize(
     ("length", "padded", "arguments"),
     [
-        (-1, True, {"norm_first": False, "activation": "relu", "heads": 2}),
-        (-1, True, {"norm_first": True, "activation": "gelu", "heads": 4}),
-        (-1, False, {"norm_first": False, "activation": "gelu", "heads": 4}),
-        (28, False, {"norm_first": True, "activation": "relu", "heads": 4}),
+        (-1, True, {"norm_first": True, "activation": "gelu"}),
+        (-1, False, {"norm_first": False, "activation": "gelu"}),
+        (28, False, {"norm_first": True, "activation": "relu"}),
     ],
 )
-def test_blocks_of_torchs_encoder_become_steps_of_the_engine(tmp_path, length, padded, arguments):
-    module, directory = export(tmp_path, "OfTorch", length, kind="encoder", padded=padded, **arguments)
-    found = nodes(directory)
-    assert found.count("Attention") == 2
-    assert not {"Softmax", "Transpose", "Reshape", "Gemm"} & set(found)
-    check(module, directory, (1, 32, 19) if length < 0 else (28, 28, 28))
-    body = body_of((directory / "model.onnx").read_bytes(), WIDTH // arguments["heads"])
-    assert body is not None
-    assert sum(isinstance(step, Attention) for step in body.steps) == 2
-    assert sum(isinstance(step, Linear) for step in body.steps) == 6
-    assert (len(body.masks), len(body.factors)) == (int(padded), int(padded))
+def test_so_does_another_block_of_torchs_encoder(tmp_path, length, padded, arguments):
+    arguments = {"kind": "encoder", "padded": padded, "heads": 4, **arguments}
+    assert_steps(*export(tmp_path, "OfTorch", {"output": arguments}, length), length, padded, heads=4, layers=1)
 
 
-@pytest.mark.parametrize(
-    ("kind", "padded", "bias"),
-    [
-        ("without weights", True, True),
-        ("without weights", False, False),
-        ("with weights", True, False),
-        ("with weights", False, True),
-    ],
-)
-def test_torchs_attention_is_one_operator(tmp_path, kind, padded, bias):
-    module, directory = export(tmp_path, "OfTorch", kind=kind, padded=padded, bias=bias)
-    assert nodes(directory).count("Attention") == 1
-    assert not {"Softmax", "Transpose", "Gemm"} & set(nodes(directory))
-    check(module, directory)
+@pytest.mark.parametrize("part", list(OF_TORCH)[:4])
+def test_torchs_attention_is_one_operator(of_torch, part):
+    found = nodes(of_torch[1], part)
+    assert found.count("Attention") == 1
+    assert not {"Softmax", "Transpose", "Gemm"} & set(found)
+    check(*of_torch, part)
 
 
-def test_rows_of_padding_alone_are_no_numbers_as_in_torch(tmp_path):
-    module, directory = export(tmp_path, "OfTorch", kind="without weights", padded=True)
+def test_rows_of_padding_alone_are_no_numbers_as_in_torch(of_torch):
+    module, directory = of_torch
     session = onnxruntime.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
     x, mask = np.ones((3, 5, WIDTH), np.float32), np.ones((3, 5), np.int64)
     mask[1] = 0
-    (got,) = session.run(None, {"x": x, "mask": mask})
+    (got,) = session.run(["without_weights"], {"x": x, "mask": mask})
     with torch.enable_grad():  # without gradients torch takes another way
-        wanted = module(torch.from_numpy(x), torch.from_numpy(mask)).detach().numpy()
+        wanted = module.named["without weights"](torch.from_numpy(x), torch.from_numpy(mask)).detach().numpy()
     assert np.isnan(got[1]).all()
     np.testing.assert_allclose(got[[0, 2]], wanted[[0, 2]], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("Projected", kind) for kind in ("square", "causal", "keys")]
-    + [("OfTorch", kind) for kind in ("additive", "causal", "keys", "weights")],
+    ("made", "kind"),
+    [("projected", kind) for kind in ("square", "causal", "keys")]
+    + [("of_torch", kind) for kind in ("additive", "causal", "keys", "weights")],
 )
-def test_other_attention_keeps_torchs_steps(tmp_path, name, kind):
-    _, directory = export(tmp_path, name, kind=kind)
-    assert "Attention" not in nodes(directory)
-    assert "Softmax" in nodes(directory)
+def test_other_attention_keeps_torchs_steps(request, made, kind):
+    found = nodes(request.getfixturevalue(made)[1], kind)
+    assert "Attention" not in found
+    assert "Softmax" in found
 
 
-@pytest.mark.parametrize("kind", ["expanded by heads", "expanded by rows"])
-def test_a_mask_stays_with_its_row_or_torchs_steps_stay(tmp_path, kind):
+def test_a_mask_stays_with_its_row_or_torchs_steps_stay(tmp_path):
     """By the card no number hides anything, so that no example of the export shows a difference."""
-    module, directory = export(tmp_path, "OfTorch", kind=kind, card_says={"range": [1, 9], "pad": None})
-    check(module, directory)
-    assert kind == "expanded by rows" or "Attention" not in nodes(directory)
+    kinds = {kind: {"kind": kind} for kind in ("expanded by heads", "expanded by rows")}
+    expanded = export(tmp_path, "OfTorch", kinds, card_says={"range": [1, 9], "pad": None})
+    for kind in kinds:
+        check(*expanded, kind)
+    assert "Attention" not in nodes(expanded[1], "expanded by heads")
 
 
-def test_weights_that_are_used_twice_are_there_once(tmp_path):
-    _, directory = export(tmp_path, "Projected", kind="none")
-    program = onnx.load(directory / "model.onnx").graph
-    assert nodes(directory).count("Attention") == 2
-    assert sum(list(weight.dims) == [WIDTH, 3 * WIDTH] for weight in program.initializer) == 1
+def test_weights_that_are_used_twice_are_there_once(projected):
+    fused = [node for node in beside.nodes_of(projected[1], "plain") if node.op_type == "Attention"]
+    assert (len(fused), len({node.input[1] for node in fused})) == (2, 1)
 
 
 def test_what_cannot_be_rewritten_stays_as_it_is(tmp_path, monkeypatch):
@@ -233,21 +263,20 @@ def test_what_cannot_be_rewritten_stays_as_it_is(tmp_path, monkeypatch):
         raise RuntimeError("no such rule")
 
     monkeypatch.setattr("layercast.models.export.attention.fuse", broken)
-    module, directory = export(tmp_path, "Projected", kind="none")
-    check(module, directory)
-    assert "Attention" not in nodes(directory)
+    module, directory = export(tmp_path, "Projected", {"chunks": {"kind": "chunks"}})
+    check(module, directory, "chunks")
+    assert "Attention" not in nodes(directory, "chunks")
 
 
-def test_chunks_in_another_order_are_not_mixed_up(tmp_path):
-    module, directory = export(tmp_path, "Projected", kind="chunks mixed up")
-    check(module, directory)
+def test_chunks_in_another_order_are_not_mixed_up(projected):
+    check(*projected, "chunks mixed up")
 
 
-def test_layers_are_read_from_the_program_as_from_the_module(tmp_path):
-    module, directory = export(tmp_path, "OfTorch", kind="encoder", padded=True)
+def test_layers_are_read_from_the_program_as_from_the_module(layered):
+    module, directory = layered
     manifest = Manifest.read(directory)
     for layer in ("self_attn[0]", "norm1", "linear1", "norm2"):
-        assert f"layers.layers.1.{layer}" in manifest.onnx_values
+        assert f"parts.0.layers.layers.1.{layer}" in manifest.onnx_values
     whole, plain = program(directory), EagerEngine(module, manifest, CPU)
     inputs = next(iter(batches((9, 9, 9))))
     for path in whole.layers:

@@ -33,8 +33,8 @@ OTHERS = ["onnx", "torchscript", "eager"]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def case(request, repository, modules, tmp_path_factory) -> Case:
-    return case_of(request.param, repository, modules, tmp_path_factory.mktemp("exported"))
+def case(request, repository, modules) -> Case:
+    return case_of(request.param, repository, modules)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ from test_server_process import READY, infer, serving
 from layercast.proto.messages import ModelInferRequest
 
 PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
+OTHERS = {"winograd": "mnist", "encoder": "shared"}
+"""Models that the engines can't run."""
 LAYERS = {"winograd": "layer:layer2@mean", "encoder": "layer:blocks.1@mean"}
 FRONT_ENDS = [
     "direct",
@@ -28,18 +31,30 @@ FRONT_ENDS = [
 ]
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def case(request, repository, modules, tmp_path_factory) -> Case:
-    return case_of(request.param, repository, modules, tmp_path_factory.mktemp("exported"))
+@pytest.fixture(params=ENGINES)
+def case(request, repository, modules) -> Case:
+    return case_of(request.param, repository, modules)
 
 
-def asking(case: Case, root: Path, *others: Path) -> Path:
-    """Return a repository of the model and others, which ask for the engine."""
-    for directory in (case.directory, *others):
+def asking(root: Path, *models: tuple[Path, str]) -> Path:
+    """Return a repository of versions, each of which asks for an engine."""
+    for directory, engine in models:
         model = root / directory.parent.name
         shutil.copytree(directory.parent, model)
-        (model / "layercast.toml").write_text(f'engine = "{case.engine}"\n')
+        (model / "layercast.toml").write_text(f'engine = "{engine}"\n')
     return root
+
+
+@pytest.fixture(scope="module", params=FRONT_ENDS)
+def server(request, repository, modules, tmp_path_factory, kernels_folder) -> Iterator[Any]:
+    """A process with the models of both engines, and one for each that it can't run."""
+    cases = [(case.directory, case.engine) for case in (case_of(engine, repository, modules) for engine in ENGINES)]
+    root = tmp_path_factory.mktemp("served")
+    models = asking(root / "models", *cases, *((repository / name / "1", engine) for engine, name in OTHERS.items()))
+    options = ("--cache", str(root / "cache"), "--compiled", str(kernels_folder), "--front-end", request.param)
+    with serving(models, *PORTS, *options) as server:
+        server.ready = server.read_until(READY)
+        yield server
 
 
 def message(case: Case, values: np.ndarray, outputs: tuple[str, ...] = ()) -> ModelInferRequest:
@@ -58,54 +73,45 @@ def read(http: str, path: str, body: Any = None) -> Any:
         return json.load(answer)
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_it_answers_as_the_module_does_and_is_shown(case, tmp_path, kernels_folder, front_end):
-    models = asking(case, tmp_path / "models")
-    cache = ("--cache", str(tmp_path / "cache"))
-    with serving(models, *PORTS, *cache, "--compiled", str(kernels_folder), "--front-end", front_end) as server:
-        grpc_port, http_port, _ = server.read_until(READY).groups()
-        text = "\n".join(server.lines)
-        assert re.search(rf"{case.name} +1 +{case.engine} +cpu", text)
-        assert "; compiled" not in text
-        for rows, length in ((1, 20), (3, 1), (17, 40), (2, 7)):
-            x = case.inputs(rows, length)
-            wanted = offline(case.module, x)
-            got = values_of(infer(grpc_port, message(case, x)))
-            np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * max(1.0, np.abs(wanted).max()))
-        metadata = read(http_port, f"/v2/models/{case.name}")
-        assert metadata["properties"]["engine"] == case.engine
-        assert f"{case.engine} (" in metadata["properties"]["engines"]
-        output, layer = case.manifest.outputs[0].name, LAYERS[case.engine]
-        tapped = infer(grpc_port, message(case, x, (output, layer)))
-        np.testing.assert_allclose(values_of(tapped), wanted, rtol=1e-3, atol=1e-3)
+def test_it_answers_as_the_module_does_and_is_shown(case, server):
+    grpc_port, http_port, _ = server.ready.groups()
+    text = "\n".join(server.lines)
+    assert re.search(rf"{case.name} +1 +{case.engine} +cpu", text)
+    assert "; compiled" not in text
+    for rows, length in ((1, 20), (3, 1), (17, 40), (2, 7)):
+        x = case.inputs(rows, length)
+        wanted = offline(case.module, x)
+        got = values_of(infer(grpc_port, message(case, x)))
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * max(1.0, np.abs(wanted).max()))
+    metadata = read(http_port, f"/v2/models/{case.name}")
+    assert metadata["properties"]["engine"] == case.engine
+    assert f"{case.engine} (" in metadata["properties"]["engines"]
+    output, layer = case.manifest.outputs[0].name, LAYERS[case.engine]
+    tapped = infer(grpc_port, message(case, x, (output, layer)))
+    np.testing.assert_allclose(values_of(tapped), wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_texts_of_mixed_lengths_that_are_batched_have_the_answers_they_have_alone(case, tmp_path, kernels_folder):
+def test_texts_of_mixed_lengths_that_are_batched_have_the_answers_they_have_alone(case, server):
     """Many at once, each of its own rows and length."""
-    models = asking(case, tmp_path / "models")
-    options = ("--cache", str(tmp_path / "cache"), "--compiled", str(kernels_folder))
     batches = [case.inputs(1 + at % 3, 1 + at * 7 % 40) for at in range(48)]
-    with serving(models, *PORTS, *options) as server, ThreadPoolExecutor(12) as pool:
-        grpc_port, _, _ = server.read_until(READY).groups()
-        answers = pool.map(lambda x: values_of(infer(grpc_port, message(case, x))), batches)
+    with ThreadPoolExecutor(12) as pool:
+        answers = pool.map(lambda x: values_of(infer(server.ready[1], message(case, x))), batches)
         for x, got in zip(batches, answers, strict=True):
             wanted = offline(case.module, x)
             np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * max(1.0, np.abs(wanted).max()))
 
 
-def test_a_model_that_it_can_not_run_says_so_in_the_index(case, repository, tmp_path, kernels_folder):
-    models = asking(case, tmp_path / "models", repository / "mnist" / "1")
-    with serving(models, *PORTS, "--cache", str(tmp_path / "cache"), "--compiled", str(kernels_folder)) as server:
-        _, http_port, _ = server.read_until(READY).groups()
-        index = {entry["name"]: entry for entry in read(http_port, "/v2/repository/index", {})}
+def test_a_model_that_it_can_not_run_says_so_in_the_index(case, server):
+    index = {entry["name"]: entry for entry in read(server.ready[2], "/v2/repository/index", {})}
+    other = index[OTHERS[case.engine]]
     assert index[case.name]["state"] == "READY"
-    assert index["mnist"]["state"] == "UNAVAILABLE"
-    assert f"engine {case.engine} " in index["mnist"]["reason"]
-    assert case.misses in index["mnist"]["reason"]
+    assert other["state"] == "UNAVAILABLE"
+    assert f"engine {case.engine} " in other["reason"]
+    assert case.misses in other["reason"]
 
 
 def test_without_the_kernel_it_says_what_makes_it(case, tmp_path):
-    models = asking(case, tmp_path / "models")
+    models = asking(tmp_path / "models", (case.directory, case.engine))
     options = (*PORTS, "--cache", str(tmp_path / "cache"), "--compiled", str(tmp_path / "absent"))
     with serving(models, *options) as server:
         reason = rf"engine {case.engine} is asked for, but its kernel is not compiled \(`layercast compile`"

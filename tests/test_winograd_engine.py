@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from one_run import made_once
 from onnx import TensorProto, helper
 from test_onnx_layers import write
 from torch import nn
@@ -89,7 +90,8 @@ class Dense(nn.Module):
 OUTPUTS = {"Photograph": [[5], [2]], "Maps": [[64, 20, 24]], "Grouped": [[3]], "Dense": [[2]]}
 
 
-def exported(name: str, root: Path) -> tuple[nn.Module, Path]:
+def exported(name: str) -> tuple[nn.Module, Path]:
+    """Return the module and its artefact, which is for all tests of a run."""
     torch.manual_seed(1)
     module = globals()[name]().eval()
     for part in module.modules():
@@ -103,15 +105,16 @@ def exported(name: str, root: Path) -> tuple[nn.Module, Path]:
         "name": name.lower(), "architecture": f"test_winograd_engine:{name}", "arguments": {},
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3, 20, 24]}], "outputs": outputs,
     }  # fmt: skip
-    return module, write(module, card, root)
+    root = made_once(f"winograd-{name}", lambda root: write(module, card, root))
+    return module, root / card["name"] / "1"
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "before", "behind"),
     [("Photograph", 5, True, True), ("Maps", 2, False, False), ("Grouped", 2, True, True)],
 )
-def test_outputs_are_those_of_the_module(tmp_path, name, steps, before, behind):
-    module, directory = exported(name, tmp_path)
+def test_outputs_are_those_of_the_module(name, steps, before, behind):
+    module, directory = exported(name)
     manifest = Manifest.read(directory)
     body = body_of(manifest.read_verified(directory, "model.onnx"), PANEL)
     assert body is not None
@@ -128,8 +131,8 @@ def test_outputs_are_those_of_the_module(tmp_path, name, steps, before, behind):
             np.testing.assert_allclose(values, want.numpy(), rtol=0, atol=3e-5 * max(1, want.abs().max()))
 
 
-def test_inputs_may_be_read_only_and_not_contiguous(tmp_path):
-    module, directory = exported("Maps", tmp_path)
+def test_inputs_may_be_read_only_and_not_contiguous():
+    module, directory = exported("Maps")
     x = np.random.default_rng(1).standard_normal((20, 24, 3, 4)).astype("f4").transpose(3, 2, 0, 1)
     x.flags.writeable = False
     with torch.inference_mode():
@@ -138,8 +141,8 @@ def test_inputs_may_be_read_only_and_not_contiguous(tmp_path):
     np.testing.assert_allclose(got["output0"], wanted, rtol=0, atol=1e-4)
 
 
-def test_without_convolutions_it_says_so(tmp_path):
-    _, directory = exported("Dense", tmp_path)
+def test_without_convolutions_it_says_so():
+    _, directory = exported("Dense")
     with pytest.raises(
         EngineError, match="engine winograd can't run it: it has no 3x3 convolution of stride 1 to a multiple"
     ):
@@ -166,9 +169,9 @@ def program(
     return helper.make_model(graph).SerializeToString()
 
 
-def artefact(root: Path, content: bytes, monkeypatch) -> tuple[Path, Manifest]:
+def artefact(content: bytes, monkeypatch) -> tuple[Path, Manifest]:
     """Return an artefact whose program is `content`, whoever made it."""
-    _, directory = exported("Maps", root)
+    _, directory = exported("Maps")
     manifest = Manifest.read(directory)
     monkeypatch.setattr(Manifest, "read_verified", lambda manifest, directory, name: content)
     spec = manifest.inputs[0].model_copy(update={"shape": (-1, 64, 8, 8)})
@@ -215,8 +218,8 @@ def test_a_run_ends_where_the_rest_of_the_program_looks_into_it():
         [convolved("x", "w"), convolved("w", "y")],
     ],
 )
-def test_a_program_whose_values_share_a_name_is_refused(tmp_path, monkeypatch, nodes):
-    directory, manifest = artefact(tmp_path, program(*nodes), monkeypatch)
+def test_a_program_whose_values_share_a_name_is_refused(monkeypatch, nodes):
+    directory, manifest = artefact(program(*nodes), monkeypatch)
     with pytest.raises(EngineError, match="values share a name"):
         WinogradEngine(directory, manifest)
 
@@ -230,14 +233,14 @@ def test_a_program_whose_values_share_a_name_is_refused(tmp_path, monkeypatch, n
         program(convolved("x", "y"), weights=(64, 3, 3, 3)),
     ],
 )
-def test_whatever_is_wrong_it_is_left_out(tmp_path, monkeypatch, content):
-    directory, manifest = artefact(tmp_path, content, monkeypatch)
+def test_whatever_is_wrong_it_is_left_out(monkeypatch, content):
+    directory, manifest = artefact(content, monkeypatch)
     with pytest.raises(EngineError, match="engine winograd can't"):
         WinogradEngine(directory, manifest)
 
 
 def test_a_library_that_is_broken_is_told_without_its_path(tmp_path, monkeypatch):
-    _, directory = exported("Maps", tmp_path)
+    _, directory = exported("Maps")
     broken = tmp_path / "winograd-v4.so"
     broken.write_bytes(b"no library")
     monkeypatch.setattr(compiled, "kernel", lambda name: broken)
@@ -250,20 +253,20 @@ def test_a_library_that_is_broken_is_told_without_its_path(tmp_path, monkeypatch
     "images",
     [np.zeros((2, 3, 20, 23), "f4"), np.zeros((2, 3, 24, 20), "f4"), np.zeros((2, 3, 20, 24), "f8"), np.zeros(5, "f4")],
 )
-def test_what_is_of_another_shape_never_reaches_the_library(tmp_path, images):
-    _, directory = exported("Maps", tmp_path)
+def test_what_is_of_another_shape_never_reaches_the_library(images):
+    _, directory = exported("Maps")
     with pytest.raises(EngineError, match=r"want FP32 \[-1, 3, 20, 24\], got"):
         WinogradEngine(directory, Manifest.read(directory)).run({"x": images})
 
 
-def test_no_rows_give_none(tmp_path):
-    _, directory = exported("Maps", tmp_path)
+def test_no_rows_give_none():
+    _, directory = exported("Maps")
     got = WinogradEngine(directory, Manifest.read(directory)).run({"x": np.zeros((0, 3, 20, 24), "f4")})
     assert got["output0"].shape == (0, 64, 20, 24)
 
 
-def test_the_rest_of_a_program_begins_with_the_value_given(tmp_path):
-    _, directory = exported("Photograph", tmp_path)
+def test_the_rest_of_a_program_begins_with_the_value_given():
+    _, directory = exported("Photograph")
     content = Manifest.read(directory).read_verified(directory, "model.onnx")
     body = body_of(content, PANEL)
     assert body is not None
