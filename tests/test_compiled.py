@@ -22,8 +22,8 @@ from layercast.server.commands import compile
 FOLDER = TESTS.parent / "build" / "compiled-for-tests"
 """Kept from run to run: what is compiled there is named after the sources."""
 MODULES = (
-    "test_bad_requests", "test_batcher_endings", "test_direct_streams", "test_network_faults", "test_reload",
-    "test_server_inference", "test_short", "test_stream", "test_wire",
+    "test_bad_requests", "test_batcher_endings", "test_direct_streams", "test_reload", "test_server_inference",
+    "test_short", "test_stream", "test_wire",
 )  # fmt: skip
 
 CANCELLING = """
@@ -224,16 +224,25 @@ def test_another_one_at_work_is_waited_for_and_its_folder_left_alone(tmp_path):
     assert process.returncode == 0
 
 
-def test_another_mypy_makes_it_again_and_none_keeps_it(tmp_path, kernels_quickly, monkeypatch, capsys):
+def test_another_mypy_makes_it_again_and_none_keeps_it_and_what_was_made_of_other_sources_goes(
+    tmp_path, kernels_quickly, monkeypatch, capsys
+):
     monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.inline"))
     root = tmp_path / compiled.made_of()
     pretend(root)
     (root / "mypy-2.3.9").touch()
+    pretend(tmp_path / ("0" * 24))
+    others = [tmp_path / "of somebody else", tmp_path / ("1" * 24)]
+    for other in others:
+        other.mkdir()
     assert main(["compile", "--output", str(tmp_path)]) == 0
     assert "compiled 2 modules" in capsys.readouterr().out
     made = {"layercast", "library", f"mypy-{version('mypy')}", *([] if kernels.missing() else ["kernels"])}
     assert {path.name for path in root.iterdir()} == made
-    assert list(tmp_path.iterdir()) == [root]
+    assert [path.suffix for path in root.glob("layercast/server/text.*")] == [".so"]
+    assert set(tmp_path.iterdir()) == {root, *others}
+    assert main(["compile", "--output", str(tmp_path)]) == 0
+    assert "already compiled" in capsys.readouterr().out
     monkeypatch.setattr(compile, "version", no_such_package)
     assert main(["compile", "--output", str(tmp_path)]) == 0
     assert "already compiled" in capsys.readouterr().out
@@ -243,29 +252,13 @@ def no_such_package(name: str) -> str:
     raise PackageNotFoundError(name)
 
 
-def test_what_was_made_of_other_sources_goes(tmp_path, kernels_quickly, monkeypatch, capsys):
-    monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.inline"))
-    pretend(tmp_path / ("0" * 24))
-    (tmp_path / compiled.made_of() / "library").mkdir(parents=True)  # half of it, of a removal that was cut off
-    (tmp_path / "of somebody else").mkdir()
-    (tmp_path / ("1" * 24)).mkdir()
-    assert main(["compile", "--output", str(tmp_path)]) == 0
-    others = {tmp_path / "of somebody else", tmp_path / ("1" * 24)}
-    (only,) = set(tmp_path.iterdir()) - others
-    assert all(path.is_dir() for path in others)
-    assert only.name == compiled.made_of()
-    assert [path.suffix for path in only.glob("layercast/server/text.*")] == [".so"]
-    assert "compiled 2 modules" in capsys.readouterr().out
-    assert main(["compile", "--output", str(tmp_path)]) == 0
-    assert "already compiled" in capsys.readouterr().out
-
-
 @pytest.mark.skipif(bool(kernels.missing()), reason=f"no kernels can be compiled here: {kernels.missing()}")
 def test_without_a_cpp_compiler_it_goes_on_and_a_later_one_makes_the_kernels_alone(
     tmp_path, kernels_quickly, monkeypatch, capsys
 ):
     monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.inline"))
     root, without = tmp_path / compiled.made_of(), "layercast compile: without engine winograd, encoder: "
+    (root / "library").mkdir(parents=True)  # half of it, of a removal that was cut off
     monkeypatch.setenv("CXX", "no-such-compiler")
     for said in ("compiled 2 modules", "already compiled"):
         assert main(["compile", "--output", str(tmp_path)]) == 0

@@ -97,10 +97,10 @@ class Observer(Protocol):
 def slack_of(left: float) -> float:
     """Return how many seconds before a deadline that is `left` seconds away a cancel is taken for the deadline's own.
 
-    The caller's clock ends the call first: gRPC rounds a timeout up, by 1 % at most, on its way here, where a busy loop
-    reads it a while after it came.
+    The caller's clock ends the call first: gRPC rounds a timeout up, by 1 % at most, on its way here, and the cancel
+    travels.
     """
-    return 0.05 + 0.01 * max(0.0, left)
+    return 0.02 + 0.01 * max(0.0, left)
 
 
 def late_from(deadline: float | None, now: float) -> float:
