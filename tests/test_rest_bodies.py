@@ -23,7 +23,7 @@ ROW = np.zeros((1, 10), "f4")
 @pytest.fixture(scope="module")
 def small(repository):
     """A server that takes a mebibyte at most."""
-    with running(repository, engine="eager", max_message_mb=1, queue_rows=8) as server:
+    with running(repository, engine="eager", max_message_mb=1, queue_rows=8, max_batch=16) as server:
         yield server
 
 
@@ -208,8 +208,8 @@ def test_one_connection_carries_many_requests(small, modules):
     assert call(small, "GET", "/v2/health/live").status == 200
 
 
-def test_a_shutdown_answers_what_was_admitted_over_http(repository, modules):
-    with running(repository, engine="eager") as server:
+def test_a_shutdown_answers_what_was_admitted_over_http(one_model, modules):
+    with running(one_model, engine="eager") as server:
         model = server.server.repository.find("shared", "")
         server.on_loop(model.batcher.hold)
         x = rows_for("shared", 2)

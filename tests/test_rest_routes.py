@@ -128,8 +128,8 @@ def test_administration_reaches_the_service_by_name(recorder, method, path, body
         assert (extra[key]() if key in extra else getattr(asked, key)) == wanted
 
 
-def test_calls_are_counted_by_route_and_status(repository):
-    with running(repository, engine="eager") as server:
+def test_calls_are_counted_by_route_and_status(one_model):
+    with running(one_model, engine="eager") as server:
         for _ in range(3):
             infer(server, "shared", {"inputs": [tensor(rows_for("shared", 1))]})
         infer(server, "nothing", {"inputs": [tensor(rows_for("shared", 1))]})
