@@ -45,7 +45,7 @@ class Setting:
 
     def __init__(self, repository: Path, args: argparse.Namespace) -> None:
         self.repository = repository
-        self.seconds: float = args.seconds
+        self.seconds: int = args.seconds
         self.front_ends: list[str] = args.front_ends.split(",")
         self.args = args
 
@@ -117,7 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--front-ends", default="direct,grpcio,envoy")
     parser.add_argument("--only", choices=CURVES, action="append")
-    parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--serve", default="", help="more options of `layercast serve`")
     parser.add_argument("--output", type=Path, required=True, help="folder for pictures and figures")

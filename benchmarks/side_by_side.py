@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--front-ends", default="direct,grpcio,envoy")
     parser.add_argument("--only", default="", help="regular expression over the names of the workloads")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--serve", default="", help="more options of `layercast serve`")
     parser.add_argument("--json", type=Path)

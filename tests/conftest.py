@@ -48,17 +48,13 @@ _torchs_export = torch.onnx.export
 
 @functools.cache
 def _keep_operators() -> None:
-    """Let torch make its table of operators once: each of hundreds of small exports would take a quarter longer.
-
-    What was loaded for the first of them is left to the end of the process too.
-    """
+    """Let torch make its table of operators once: each of hundreds of small exports would take a quarter longer."""
     table = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
     table.from_torchlib = staticmethod(functools.cache(table.from_torchlib))
-    gc.collect()
-    gc.freeze()
 
 
 def _export(*args: Any, **options: Any) -> Any:
+    """Stand for torch's own, which loads all that it needs only when it is called."""
     _keep_operators()
     return _torchs_export(*args, **options)
 

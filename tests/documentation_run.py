@@ -37,7 +37,7 @@ class Surroundings:
     stock: str = ""
 
     def environment(self) -> dict[str, str]:
-        """Return the variables of a reader who has just opened a terminal, but for ports, caches and models."""
+        """Return the variables of a reader who has just opened a terminal, but for ports, caches, models and instances."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("LAYERCAST_")}
         path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
         own = {"HOME": str(self.directory), "XDG_CACHE_HOME": str(self.directory / ".cache"), "PATH": path}

@@ -19,7 +19,9 @@ from layercast.client.main import main
 from layercast.server import compiled, kernels
 from layercast.server.commands import compile
 
-FOLDER = TESTS.parent / "build" / "compiled-for-tests"
+LEVEL = os.environ.get("MYPYC_OPT_LEVEL", "0")
+"""What the C compiler optimises: nothing, which is most of its work, unless said otherwise. The code does the same."""
+FOLDER = TESTS.parent / "build" / f"compiled-for-tests-{LEVEL}"
 """Kept from run to run: what is compiled there is named after the sources."""
 MODULES = (
     "test_bad_requests", "test_batcher_endings", "test_direct_streams", "test_reload", "test_server_inference",
@@ -49,15 +51,14 @@ asyncio.run(main())
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly() -> Iterator[None]:
-    """Let the C compiler optimise nothing, which is most of its work: the code does the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MYPYC_OPT_LEVEL", "0")
+        patch.setenv("MYPYC_OPT_LEVEL", LEVEL)
         yield
 
 
 @pytest.fixture
 def kernels_quickly(monkeypatch) -> None:
-    """The same for kernels that nobody runs."""
+    """Optimise no kernels either, where nobody runs them."""
     monkeypatch.setattr(kernels, "_FLAGS", ("-O0", *kernels._FLAGS[1:]))
 
 
@@ -224,7 +225,7 @@ def test_another_one_at_work_is_waited_for_and_its_folder_left_alone(tmp_path):
     assert process.returncode == 0
 
 
-def test_another_mypy_makes_it_again_and_none_keeps_it_and_what_was_made_of_other_sources_goes(
+def test_what_another_mypy_made_is_made_again_and_what_is_of_other_sources_goes(
     tmp_path, kernels_quickly, monkeypatch, capsys
 ):
     monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.inline"))
@@ -235,6 +236,7 @@ def test_another_mypy_makes_it_again_and_none_keeps_it_and_what_was_made_of_othe
     others = [tmp_path / "of somebody else", tmp_path / ("1" * 24)]
     for other in others:
         other.mkdir()
+    (tmp_path / ("2" * 24) / "library").mkdir(parents=True)  # half of it, of a removal that was cut off
     assert main(["compile", "--output", str(tmp_path)]) == 0
     assert "compiled 2 modules" in capsys.readouterr().out
     made = {"layercast", "library", f"mypy-{version('mypy')}", *([] if kernels.missing() else ["kernels"])}
@@ -258,7 +260,6 @@ def test_without_a_cpp_compiler_it_goes_on_and_a_later_one_makes_the_kernels_alo
 ):
     monkeypatch.setattr(compiled, "MODULES", ("server.text", "server.inline"))
     root, without = tmp_path / compiled.made_of(), "layercast compile: without engine winograd, encoder: "
-    (root / "library").mkdir(parents=True)  # half of it, of a removal that was cut off
     monkeypatch.setenv("CXX", "no-such-compiler")
     for said in ("compiled 2 modules", "already compiled"):
         assert main(["compile", "--output", str(tmp_path)]) == 0

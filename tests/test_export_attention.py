@@ -65,7 +65,7 @@ class Other(nn.Module):
         self.to(torch.float64 if kind == "double" else torch.float32)
 
     def forward(self, x):
-        x, length = x.to(self.scales.dtype), x.shape[1]
+        length = x.shape[1]
         masks = {
             "boolean": torch.ones(length, length, dtype=torch.bool, device=x.device).triu(2),
             "additive": torch.ones(length, length, device=x.device).triu(1),
@@ -199,26 +199,34 @@ def test_layers_around_attention_without_a_mask_are_read_from_the_program_and_ma
     np.testing.assert_allclose(got[maps[0]].sum(-1), 1, atol=1e-5)
 
 
-OTHERS = (
-    "boolean", "additive", "causal", "keys", "values", "weights", "scales", "a row's own scale", "one head", "double",
-)  # fmt: skip
+OTHERS = ("boolean", "additive", "causal", "keys", "values", "weights", "scales", "a row's own scale", "one head")
+
+
+def export_others(root, kinds, datatype="FP32"):
+    """Return the artefact of attention of these kinds."""
+    inputs = [{**spec, "datatype": datatype} for spec in SEQUENCE["inputs"]]
+    parts, output = {kind: {"kind": kind} for kind in kinds}, {"datatype": datatype, "shape": [-1, -1, 8]}
+    return beside.export(root, "test_export_attention:Other", parts, inputs, output)[1]
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """The artefact of all other attention, and of one that is the same: were a wrong one fused, none would be."""
-    parts = {kind: {"kind": kind} for kind in (*OTHERS, "by hand")}
-    inputs, output = SEQUENCE["inputs"], {"datatype": "FP32", "shape": [-1, -1, 8]}
-    root, of = tmp_path_factory.mktemp("others"), "test_export_attention:Other"
-    return beside.export(root, of, parts, inputs, output, double={"datatype": "FP64"})[1]
+    """All of `OTHERS`, and attention that is the same: were a wrong one fused, none would be."""
+    return export_others(tmp_path_factory.mktemp("others"), (*OTHERS, "by hand"))
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_other_attention_keeps_torchs_steps(others, kind):
-    found = [node.op_type for node in beside.nodes_of(others, kind)]
+@pytest.fixture(scope="module")
+def in_double(tmp_path_factory):
+    return export_others(tmp_path_factory.mktemp("double"), ("double",), "FP64")
+
+
+@pytest.mark.parametrize(("made", "kind"), [*(("others", kind) for kind in OTHERS), ("in_double", "double")])
+def test_other_attention_keeps_torchs_steps(request, made, kind):
+    directory = request.getfixturevalue(made)
+    found = [node.op_type for node in beside.nodes_of(directory, kind)]
     assert "Attention" not in found
     assert "Softmax" in found
-    assert max(Manifest.read(others).parity["onnx"].values()) <= 1e-4
+    assert max(Manifest.read(directory).parity["onnx"].values()) <= 1e-4
 
 
 def test_attention_by_hand_is_found_where_it_is_the_same(others):

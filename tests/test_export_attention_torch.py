@@ -2,6 +2,7 @@
 
 import beside
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx_layers import CPU, close, program
@@ -17,8 +18,8 @@ from layercast.server.engines.encoder.steps import Attention, Linear
 from layercast.server.work import Tap
 
 WIDTH = 16
-PASSES = {"plain": 2, "boolean": 2}
-"""How often a block of that kind is gone through; others are once."""
+PASSES = dict.fromkeys(("plain", "no bias", "thirds", "chunks", "boolean", "hidden"), 2)
+"""How often a block of a kind that is fused is gone through; others are once."""
 
 
 class Projected(nn.Module):
@@ -136,8 +137,7 @@ def check(module, directory, part, lengths=(1, 32, 19)):
     assert steady(content)
 
 
-FUSED = ("plain", "no bias", "thirds", "chunks", "boolean", "hidden")
-PROJECTED = {kind: {"kind": kind} for kind in (*FUSED, "chunks mixed up", "square", "causal", "keys")}
+PROJECTED = {kind: {"kind": kind} for kind in (*PASSES, "chunks mixed up", "square", "causal", "keys")}
 OF_TORCH = {
     "without weights": {"kind": "without weights", "padded": True, "bias": True},
     "without weights or padding": {"kind": "without weights", "padded": False, "bias": False},
@@ -171,7 +171,7 @@ def assert_fused(directory, kind):
     assert not {"Softmax", "Transpose", "Reshape"} & set(found)
 
 
-@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("kind", PASSES)
 def test_attention_of_separate_or_packed_projections_is_one_operator(projected, kind):
     assert_fused(projected[1], kind)
     check(*projected, kind)
@@ -201,16 +201,16 @@ def test_blocks_of_torchs_encoder_become_steps_of_the_engine(layered):
 
 
 @pytest.mark.parametrize(
-    ("length", "padded", "arguments"),
+    ("length", "padded", "layers", "arguments"),
     [
-        (-1, True, {"norm_first": True, "activation": "gelu"}),
-        (-1, False, {"norm_first": False, "activation": "gelu"}),
-        (28, False, {"norm_first": True, "activation": "relu"}),
+        (-1, True, 2, {"norm_first": True, "activation": "gelu"}),
+        (-1, False, 1, {"norm_first": False, "activation": "gelu"}),
+        (28, False, 1, {"norm_first": True, "activation": "relu"}),
     ],
 )
-def test_so_does_another_block_of_torchs_encoder(tmp_path, length, padded, arguments):
-    arguments = {"kind": "encoder", "padded": padded, "heads": 4, **arguments}
-    assert_steps(*export(tmp_path, "OfTorch", {"output": arguments}, length), length, padded, heads=4, layers=1)
+def test_so_does_another_block_of_torchs_encoder(tmp_path, length, padded, layers, arguments):
+    arguments = {"kind": "encoder", "padded": padded, "heads": 4, "layers": layers, **arguments}
+    assert_steps(*export(tmp_path, "OfTorch", {"output": arguments}, length), length, padded, heads=4, layers=layers)
 
 
 @pytest.mark.parametrize("part", list(OF_TORCH)[:4])
@@ -251,11 +251,14 @@ def test_a_mask_stays_with_its_row_or_torchs_steps_stay(tmp_path):
     for kind in kinds:
         check(*expanded, kind)
     assert "Attention" not in nodes(expanded[1], "expanded by heads")
+    assert "Softmax" in nodes(expanded[1], "expanded by heads")
 
 
 def test_weights_that_are_used_twice_are_there_once(projected):
     fused = [node for node in beside.nodes_of(projected[1], "plain") if node.op_type == "Attention"]
     assert (len(fused), len({node.input[1] for node in fused})) == (2, 1)
+    used = {name for node in onnx.load(projected[1] / "model.onnx").graph.node for name in node.input}
+    assert {weight.name for weight in onnx.load(projected[1] / "model.onnx").graph.initializer} <= used
 
 
 def test_what_cannot_be_rewritten_stays_as_it_is(tmp_path, monkeypatch):

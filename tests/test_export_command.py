@@ -152,7 +152,8 @@ class Net(nn.Linear):
 """
 
 
-# Of the programs the quickest, in processes that have it imported: who wins does not depend on either.
+# Two processes that differ in what they export. Torch is imported once for both, and only the program that takes least is
+# written: who wins does not depend on either.
 TWO = """
 import json, os, sys
 from functools import partial

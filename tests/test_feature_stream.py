@@ -144,13 +144,15 @@ def test_a_deadline_ends_it_and_is_counted_as_one(served):
     model = entry(served, "shared")
     before = ended(served, "shared", "DEADLINE_EXCEEDED")
     served.on_loop(model.batcher.hold)
-    with pytest.raises(grpc.RpcError) as raised:
-        list(stream(served, asked("shared", rows_for("shared", 3), ["*"]), timeout=0.5))
+    try:
+        with pytest.raises(grpc.RpcError) as raised:
+            list(stream(served, asked("shared", rows_for("shared", 3), ["*"]), timeout=0.5))
+        # The server's clock may be behind the caller's: what it released now would still be answered.
+        wait_until(served, lambda: ended(served, "shared", "DEADLINE_EXCEEDED") == before + 1)
+    finally:
+        served.on_loop(model.batcher.release)
     assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    # The server's clock may be behind the caller's: what it released now would still be answered.
-    wait_until(served, lambda: ended(served, "shared", "DEADLINE_EXCEEDED") == before + 1)
     assert model.batcher.queued_rows == 0
-    served.on_loop(model.batcher.release)
 
 
 def test_a_deadline_that_passes_while_nobody_reads_is_one_too(served, slow_reader):

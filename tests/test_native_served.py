@@ -52,7 +52,7 @@ def server(request, repository, modules, tmp_path_factory, kernels_folder) -> It
     root = tmp_path_factory.mktemp("served")
     models = asking(root / "models", *cases, *((repository / name / "1", engine) for engine, name in OTHERS.items()))
     options = ("--cache", str(root / "cache"), "--compiled", str(kernels_folder), "--front-end", request.param)
-    with serving(models, *PORTS, *options) as server:
+    with serving(models, *PORTS, *options, seconds=280) as server:
         server.ready = server.read_until(READY)
         yield server
 

@@ -82,10 +82,12 @@ def test_a_connection_broken_in_a_request_leaves_nothing_behind(target, length, 
 def test_a_client_that_stalls_in_a_message_holds_up_nobody(target, length):
     with ExitStack() as stack, ThreadPoolExecutor(20) as clients:
         stalled = [stack.enter_context(proxy(target.port, after=length // 2, how="stall")) for _ in range(20)]
-        ends = [clients.submit(target.infer, one.port, timeout=0.5) for one in stalled]
+        ends = [clients.submit(target.infer, one.port, timeout=2) for one in stalled]
         while not all(end.done() for end in ends):
             target.infer()
         assert {end.exception().code() for end in ends} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        assert {one.passed for one in stalled} == {length // 2}
+        target.infer()
     target.answers()
 
 

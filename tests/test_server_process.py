@@ -55,8 +55,8 @@ RUN = "import sys; from layercast.client.main import main; sys.exit(main(sys.arg
 
 
 @contextmanager
-def serving(repository: Path | None, *options: str, patch: str = "") -> Iterator[Process]:
-    """Run the server; `patch` is Python that is run before, to make a model or a load slow."""
+def serving(repository: Path | None, *options: str, patch: str = "", seconds: float = 120) -> Iterator[Process]:
+    """Run the server, so long at most; `patch` is Python that is run before, to make a model or a load slow."""
     program = ["-c", patch + RUN] if patch and not hosting.envoy else ["-m", "layercast.server"]
     command = [sys.executable, *program, "serve", "--front-end", hosting.front_end_name(), *options]
     if repository:
@@ -66,7 +66,7 @@ def serving(repository: Path | None, *options: str, patch: str = "") -> Iterator
     if patch and hosting.envoy:
         environment["PYTHONPATH"] = os.pathsep.join([in_every_python(patch), environment.get("PYTHONPATH", "")])
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    watchdog = threading.Timer(120, popen.kill)
+    watchdog = threading.Timer(seconds, popen.kill)
     watchdog.start()
     try:
         yield Process(popen)

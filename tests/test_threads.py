@@ -17,7 +17,7 @@ from layercast.proto.rpc import INFERENCE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 
-_MOST = 16
+_MOST = 32  # too large a message for the event loop to read
 _OPTIONS = (
     "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--device", "cpu", "--max-batch", str(_MOST)
 )  # fmt: skip

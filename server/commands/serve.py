@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import gc
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin
 
@@ -60,10 +59,8 @@ def _run(settings: "Settings") -> NoReturn:
     import asyncio
     from collections.abc import Callable
 
-    gc.disable()  # to look through what imports make, all of which stays, takes a tenth of their time
     from layercast.server.lifecycle import run as serve
 
-    gc.enable()
     factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     with contextlib.suppress(ImportError):  # uvloop is not to be had everywhere
         import uvloop
