@@ -4,6 +4,7 @@ import functools
 import gc
 import importlib
 import os
+import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -144,6 +145,14 @@ def repository(modules: dict[str, nn.Module]) -> Path:
                 export_artefact(module, card_of(name), root / name / "1")
 
     return made_once("repository", export)
+
+
+@pytest.fixture(scope="session")
+def only_mnist(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of that test model alone, for servers that are asked for no other."""
+    root = tmp_path_factory.mktemp("only")
+    shutil.copytree(repository / "mnist", root / "mnist")
+    return root
 
 
 @pytest.fixture(scope="session")

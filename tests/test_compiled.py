@@ -88,8 +88,8 @@ def test_nothing_fails_there_beside_the_tests(results):
     results.assert_nothing_else_failed()
 
 
-def test_a_server_uses_it_and_says_so(folder, repository, modules):
-    with serving(repository, "--compiled", str(folder)) as server:
+def test_a_server_uses_it_and_says_so(folder, only_mnist, modules):
+    with serving(only_mnist, "--compiled", str(folder)) as server:
         ready = server.read_until(READY)
         assert any(line.endswith("; compiled") for line in server.lines)
         rows = rows_for("mnist", 5)
@@ -143,13 +143,13 @@ def test_code_that_is_not_all_there_is_not_used(tmp_path):
     assert not compiled.use(tmp_path)
 
 
-def test_code_that_can_not_be_loaded_is_left_alone(repository, tmp_path):
+def test_code_that_can_not_be_loaded_is_left_alone(one_model, tmp_path):
     root = tmp_path / compiled.made_of()
     pretend(root)
     (root / "library" / "abc__mypyc.so").rename(
         root / "library" / f"abc__mypyc{sysconfig.get_config_var('EXT_SUFFIX')}"
     )
-    with serving(repository, "--compiled", str(tmp_path)) as server:
+    with serving(one_model, "--compiled", str(tmp_path)) as server:
         server.read_until(READY)
         output = "\n".join(server.lines)
     assert "compiled code can't be loaded, the sources run: " in output

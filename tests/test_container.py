@@ -60,13 +60,6 @@ def instruction(name: str) -> list[str]:
     return command
 
 
-@pytest.fixture(scope="module")
-def models(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    shutil.copytree(repository / "mnist", folder / "mnist")
-    return folder
-
-
 class Container:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -93,8 +86,8 @@ def wait_for(probe: Callable[[], Answer], seconds: float = 60) -> Answer:
 
 
 @pytest.fixture
-def container(models: Path) -> Iterator[Container]:
-    _layercast, *arguments = [part.replace("/models", str(models)) for part in instruction("ENTRYPOINT")]
+def container(only_mnist: Path) -> Iterator[Container]:
+    _layercast, *arguments = [part.replace("/models", str(only_mnist)) for part in instruction("ENTRYPOINT")]
     command = sealed(COMMAND, *arguments)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:

@@ -55,8 +55,8 @@ class Target:
 
 
 @pytest.fixture(scope="module")
-def target(repository, modules) -> Iterator[Target]:
-    with serving(repository, *FREE) as server:
+def target(only_mnist, modules) -> Iterator[Target]:
+    with serving(only_mnist, *FREE) as server:
         ports = server.read_until(READY)
         yield Target(int(ports[1]), int(ports[3]), offline(modules["mnist"], X))
 
