@@ -57,3 +57,8 @@ def nodes_of(directory: Path, name: str) -> list[onnx.NodeProto]:
             found[node.output[0]] = node
             sought += node.input
     return list(found.values())
+
+
+def operators_of(directory: Path, name: str) -> list[str]:
+    """Return the operators of those nodes."""
+    return [node.op_type for node in nodes_of(directory, name)]

@@ -223,12 +223,12 @@ def in_double(tmp_path_factory):
 @pytest.mark.parametrize(("made", "kind"), [*(("others", kind) for kind in OTHERS), ("in_double", "double")])
 def test_other_attention_keeps_torchs_steps(request, made, kind):
     directory = request.getfixturevalue(made)
-    found = [node.op_type for node in beside.nodes_of(directory, kind)]
+    found = beside.operators_of(directory, kind)
     assert "Attention" not in found
     assert "Softmax" in found
     assert max(Manifest.read(directory).parity["onnx"].values()) <= 1e-4
 
 
 def test_attention_by_hand_is_found_where_it_is_the_same(others):
-    assert [node.op_type for node in beside.nodes_of(others, "by hand")].count("Attention") == 1
+    assert beside.operators_of(others, "by hand").count("Attention") == 1
     assert fused(others) == 1

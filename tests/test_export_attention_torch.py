@@ -111,10 +111,6 @@ def export(root, name, parts, length=-1, card_says=None):
     return beside.export(root, f"test_export_attention_torch:{name}", parts, inputs, output)
 
 
-def nodes(directory, part):
-    return [node.op_type for node in beside.nodes_of(directory, part)]
-
-
 def batches(lengths):
     generator = np.random.default_rng(1)
     for rows, length in zip((1, 3, 8), lengths, strict=True):
@@ -166,7 +162,7 @@ def layered(tmp_path_factory):
 
 
 def assert_fused(directory, kind):
-    found = nodes(directory, kind)
+    found = beside.operators_of(directory, kind)
     assert found.count("Attention") == PASSES.get(kind, 1)
     assert not {"Softmax", "Transpose", "Reshape"} & set(found)
 
@@ -185,7 +181,7 @@ def test_so_it_is_where_the_length_is_fixed(tmp_path):
 
 
 def assert_steps(module, directory, length, padded, heads, layers):
-    found = nodes(directory, "output")
+    found = beside.operators_of(directory, "output")
     assert found.count("Attention") == layers
     assert not {"Softmax", "Transpose", "Reshape", "Gemm"} & set(found)
     check(module, directory, "output", (1, 32, 19) if length < 0 else (28, 28, 28))
@@ -215,7 +211,7 @@ def test_so_does_another_block_of_torchs_encoder(tmp_path, length, padded, layer
 
 @pytest.mark.parametrize("part", list(OF_TORCH)[:4])
 def test_torchs_attention_is_one_operator(of_torch, part):
-    found = nodes(of_torch[1], part)
+    found = beside.operators_of(of_torch[1], part)
     assert found.count("Attention") == 1
     assert not {"Softmax", "Transpose", "Gemm"} & set(found)
     check(*of_torch, part)
@@ -239,7 +235,7 @@ def test_rows_of_padding_alone_are_no_numbers_as_in_torch(of_torch):
     + [("of_torch", kind) for kind in ("additive", "causal", "keys", "weights")],
 )
 def test_other_attention_keeps_torchs_steps(request, made, kind):
-    found = nodes(request.getfixturevalue(made)[1], kind)
+    found = beside.operators_of(request.getfixturevalue(made)[1], kind)
     assert "Attention" not in found
     assert "Softmax" in found
 
@@ -250,15 +246,15 @@ def test_a_mask_stays_with_its_row_or_torchs_steps_stay(tmp_path):
     expanded = export(tmp_path, "OfTorch", kinds, card_says={"range": [1, 9], "pad": None})
     for kind in kinds:
         check(*expanded, kind)
-    assert "Attention" not in nodes(expanded[1], "expanded by heads")
-    assert "Softmax" in nodes(expanded[1], "expanded by heads")
+    assert "Attention" not in beside.operators_of(expanded[1], "expanded by heads")
+    assert "Softmax" in beside.operators_of(expanded[1], "expanded by heads")
 
 
 def test_weights_that_are_used_twice_are_there_once(projected):
     fused = [node for node in beside.nodes_of(projected[1], "plain") if node.op_type == "Attention"]
     assert (len(fused), len({node.input[1] for node in fused})) == (2, 1)
-    used = {name for node in onnx.load(projected[1] / "model.onnx").graph.node for name in node.input}
-    assert {weight.name for weight in onnx.load(projected[1] / "model.onnx").graph.initializer} <= used
+    graph = onnx.load(projected[1] / "model.onnx").graph
+    assert {weight.name for weight in graph.initializer} <= {name for node in graph.node for name in node.input}
 
 
 def test_what_cannot_be_rewritten_stays_as_it_is(tmp_path, monkeypatch):
@@ -268,7 +264,7 @@ def test_what_cannot_be_rewritten_stays_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("layercast.models.export.attention.fuse", broken)
     module, directory = export(tmp_path, "Projected", {"chunks": {"kind": "chunks"}})
     check(module, directory, "chunks")
-    assert "Attention" not in nodes(directory, "chunks")
+    assert "Attention" not in beside.operators_of(directory, "chunks")
 
 
 def test_chunks_in_another_order_are_not_mixed_up(projected):

@@ -1,8 +1,6 @@
 """The front end grpcio shares its port among several servers of grpc.aio: callers see one, and no other process gets in."""
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -17,13 +15,6 @@ GRPCIO = ("--front-end", "grpcio", "--http-port", "0", "--metrics-port", "0", "-
 CONNECTIONS = 6 * SERVERS
 
 
-@pytest.fixture
-def root(repository, tmp_path) -> Path:
-    """One model: each server starts sooner."""
-    shutil.copytree(repository / "mnist", tmp_path / "models" / "mnist")
-    return tmp_path / "models"
-
-
 def asked(port: str, x: np.ndarray) -> np.ndarray:
     """Ask over a connection of its own."""
     method = INFERENCE["ModelInfer"]
@@ -32,20 +23,20 @@ def asked(port: str, x: np.ndarray) -> np.ndarray:
         return values_of(infer(request("mnist", x), timeout=30))
 
 
-def test_every_connection_is_answered_whichever_server_has_it(root, modules):
+def test_every_connection_is_answered_whichever_server_has_it(only_mnist, modules):
     rows = [rows_for("mnist", 1 + at % 3) for at in range(CONNECTIONS)]
-    with serving(root, *GRPCIO, "--grpc-port", "0") as server, ThreadPoolExecutor(CONNECTIONS) as pool:
+    with serving(only_mnist, *GRPCIO, "--grpc-port", "0") as server, ThreadPoolExecutor(CONNECTIONS) as pool:
         port, _, _ = server.read_until(READY).groups()
         for x, got in zip(rows, pool.map(lambda x: asked(port, x), rows), strict=True):
             np.testing.assert_allclose(got, offline(modules["mnist"], x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("second", ["grpcio", "direct"])
-def test_no_other_process_shares_the_port(root, second):
-    with serving(root, *GRPCIO, "--grpc-port", "0") as server:
+def test_no_other_process_shares_the_port(only_mnist, second):
+    with serving(only_mnist, *GRPCIO, "--grpc-port", "0") as server:
         port, _, _ = server.read_until(READY).groups()
         other = ("--front-end", second, *GRPCIO[2:], "--grpc-port", port)
-        with serving(root, *other) as late:
+        with serving(only_mnist, *other) as late:
             late.read_until(f"gRPC port {port} on 127.0.0.1 is in use.*--grpc-port")
             late.rest()
             assert late.popen.returncode == 1

@@ -45,11 +45,6 @@ def look_in(monkeypatch) -> Callable[[Path], None]:
 
 
 @pytest.fixture
-def kernels(look_in, kernels_folder) -> None:
-    look_in(kernels_folder)
-
-
-@pytest.fixture
 def timed(monkeypatch) -> Timed:
     return put_in_place(Timed(ONE), monkeypatch)
 
@@ -78,7 +73,7 @@ def on(engine: str) -> list[Candidate]:
     return [Candidate(engine, 1), Candidate(engine, 2)]  # type: ignore[arg-type]
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("kernels_here")
 def test_it_is_tried_after_onnx_with_one_thread_and_with_all(case):
     found = candidates(case.directory)
     assert [name for name in names(found) if name in NAMES] == [
@@ -95,7 +90,7 @@ def test_without_its_kernel_it_is_not_tried_and_asked_for_it_says_why(case):
         candidates(case.directory, engine=case.engine)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("kernels_here")
 def test_it_is_not_tried_on_a_card_in_bf16_or_without_the_program(case, tmp_path):
     assert set(names(candidates(case.directory, device="cuda"))) <= set(OTHERS)
     with pytest.raises(EngineError, match=r"it runs on the CPU; set device = \"cpu\" for this model"):
@@ -109,7 +104,7 @@ def test_it_is_not_tried_on_a_card_in_bf16_or_without_the_program(case, tmp_path
         candidates(without, engine=case.engine)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("kernels_here")
 def test_a_model_that_it_can_not_run_is_left_to_the_others_quietly(other, case, caplog):
     with caplog.at_level(logging.INFO):
         assert case.engine not in loaded(other).engines
@@ -118,7 +113,7 @@ def test_a_model_that_it_can_not_run_is_left_to_the_others_quietly(other, case, 
         loaded(other, engine=case.engine)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("kernels_here")
 def test_asked_for_it_has_an_instance_a_processor_where_they_answer_more_and_they_share_it(case, timed):
     one, both = on(case.engine)
     timed.chosen, timed.gain = (one,), 1.9
@@ -138,7 +133,7 @@ def test_asked_for_it_has_an_instance_a_processor_where_they_answer_more_and_the
     assert timed.tried == [], "there is nothing to choose"
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("kernels_here")
 def test_both_numbers_of_threads_share_what_is_loaded(case):
     manifest = case.manifest
     found = Source(case.directory, manifest, torch.device("cpu"), 2, NO_TRUST, "", "fp32")
@@ -148,7 +143,7 @@ def test_both_numbers_of_threads_share_what_is_loaded(case):
     assert (one._crew.members, both._crew.members) == (1, 2)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("kernels_here")
 def test_short_batches_run_on_the_event_loop(case, monkeypatch):
     """As with ONNX Runtime: what it does can be seen."""
     manifest = case.manifest
@@ -169,7 +164,7 @@ def test_short_batches_run_on_the_event_loop(case, monkeypatch):
     ).rows
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("kernels_here")
 def test_a_choice_is_made_anew_when_the_kernel_goes_and_found_when_it_comes_back(
     case, tmp_path, timed, look_in, kernels_folder
 ):

@@ -13,7 +13,7 @@ from layercast.server.engines.encoder.body import Body
 from layercast.server.engines.encoder.library import ACTIVATIONS, QUERIES, Batch, Kind, Library, Step, Steps
 from layercast.server.engines.encoder.steps import AnyStep, Attention, Norm
 from layercast.server.engines.native.kernel import Crew
-from layercast.server.engines.native.memory import Floats, address, aligned, kept
+from layercast.server.engines.native.memory import LINE, Floats, address, aligned, kept
 from layercast.server.work import Array
 
 _GROUP_TOKENS: Final = 256
@@ -22,8 +22,6 @@ _MOST: Final = 1 << 30
 """What the library counts with has 32 bits, and it adds a few to rows and tokens."""
 _MOST_KEPT: Final = 64 << 20
 """Bytes that are kept from one batch to the next."""
-_LINE: Final = 16
-"""Numbers in a line of the cache."""
 
 Value = str | tuple[str]
 """A value of the program by its name; with the name of what attention gives in a tuple, what it is computed from."""
@@ -97,7 +95,7 @@ class Plan:
     def _each(self, group: int, length: int) -> int:
         """Return the numbers of memory that a member of the crew has, in whole lines of the cache."""
         padded = _rounded(length, self._library.kernel.lanes)
-        return _rounded(self._numbers * group * length + padded * (self._heads + 1 + QUERIES) + QUERIES, _LINE)
+        return _rounded(self._numbers * group * length + padded * (self._heads + 1 + QUERIES) + QUERIES, LINE)
 
     def _steps(self, places: Mapping[Value, int]) -> "ctypes.Array[Step]":
         """Return the calls as the library reads them."""

@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-_LINE: Final = 16
+LINE: Final = 16
 """Numbers in a line of the cache."""
 
 
 def aligned(size: int) -> Floats:
     """Return `size` zeros that begin with a line of the cache."""
-    raw = np.zeros(size + _LINE, np.float32)
-    first = -(raw.ctypes.data // raw.itemsize) % _LINE
+    raw = np.zeros(size + LINE, np.float32)
+    first = -(raw.ctypes.data // raw.itemsize) % LINE
     return raw[first : first + size]
 
 
