@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 from begin import Subject, sums
+from ends import soon
 from numeric import Arrays
 
 from layercast.server.inline import up_to
+from layercast.server.service import gathering
 from layercast.server.service.callers import Callers
 
 BATCH = 3
@@ -19,6 +21,12 @@ ENOUGH = Callers.enough
 def batches_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take it that there are callers enough for batches of three, and few milliseconds until all are here."""
     monkeypatch.setattr(Callers, "enough", lambda self, requests: self._all_here or requests >= BATCH)
+
+
+def hurried(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Return a deadline that waits for nobody, and that is not over soon on a busy machine."""
+    monkeypatch.setattr(gathering, "_SOON_SECONDS", 60.0)
+    return soon(30)
 
 
 class Gathering(Subject):

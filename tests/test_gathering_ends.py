@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from batching import until
 from begin import PEER, Context, request, served
-from ends import Gate, soon
-from gathers import BATCH, ENOUGH, INLINE, Gathering, batches_of_three, ended, started
+from ends import Gate
+from gathers import BATCH, ENOUGH, INLINE, Gathering, batches_of_three, ended, hurried, started
 
 from layercast.models.manifest import TensorSpec
 from layercast.proto.messages import ModelInferResponse
@@ -45,10 +45,12 @@ async def test_a_caller_who_leaves_while_it_waits_is_counted_and_its_rows_never_
     await subject.batcher.close()
 
 
-async def test_a_caller_who_leaves_costs_nobody_a_place_in_a_full_queue():
+async def test_a_caller_who_leaves_costs_nobody_a_place_in_a_full_queue(monkeypatch):
     subject = Gathering(queue_rows=1, queue_timeout_ms=5000)
     subject.batcher.hold()
-    queued = subject.rpc.short.begin(request(*range(2)).SerializeToString(), soon(0.04), "other", lambda *_: None)
+    queued = subject.rpc.short.begin(
+        request(*range(2)).SerializeToString(), hurried(monkeypatch), "other", lambda *_: None
+    )
     assert isinstance(queued, Short)
     subject.ask(request(1, 2)).cancel(False)
     assert subject.batcher.queued_rows == 1
